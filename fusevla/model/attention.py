@@ -1,0 +1,42 @@
+"""Attention, once: a plain form that anyone can read and the fused ones that JAX offers, behind the same function."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from fusevla.arrays import Array, Bool, Float
+
+Implementation = Literal["plain", "xla", "cudnn"]
+MASKED = -2.3819763e38
+"""Finite, so that a row which may attend to nothing gives a meaningless average instead of NaN (and NaN gradients)."""
+
+
+def attention(
+    query: Float[Array, "b q n e"],
+    key: Float[Array, "b k m e"],
+    value: Float[Array, "b k m e"],
+    mask: Bool[Array, "b q k"] | None,
+    implementation: Implementation = "plain",
+) -> Float[Array, "b q n e"]:
+    """Grouped-query attention on *already scaled* queries: logits and softmax in float32, probabilities in ``value``'s dtype.
+
+    ``n`` query heads share ``m`` key/value heads. ``implementation`` is explicit, never a guess: "plain" is the readable
+    einsum form; "xla" and "cudnn" are ``jax.nn.dot_product_attention``. cuDNN refuses head_dim 256 below sm_90 and, with a
+    mask, odd lengths in training; it raises on CPU.
+    """
+    if implementation == "plain":
+        return _plain(query, key, value, mask)
+    full = None if mask is None else jnp.broadcast_to(mask[:, None], (mask.shape[0], query.shape[2], *mask.shape[1:]))
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn mixes dtypes inside; the strict mode is for our own code
+        return jax.nn.dot_product_attention(query, key, value, mask=full, scale=1.0, implementation=implementation)
+
+
+def _plain(query: Array, key: Array, value: Array, mask: Array | None) -> jax.Array:
+    grouped = rearrange(query, "b q (m g) e -> b q m g e", m=key.shape[2])
+    logits = jnp.einsum("bqmge,bkme->bmgqk", grouped, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return rearrange(jnp.einsum("bmgqk,bkme->bqmge", weights, value), "b q m g e -> b q (m g) e")

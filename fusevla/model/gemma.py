@@ -1,0 +1,147 @@
+"""The two Gemma experts and the attention that they share (pi0.5; openpi ``gemma.py``@15a9616a).
+
+In every layer each expert projects its own tokens, queries, keys and values are joined along the sequence (language first),
+attention runs once, and each expert projects its own part back. Layers are stacked on axis 0 and scanned.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fusevla.arrays import Array, Bool, Float, Int, Key
+from fusevla.model.attention import Implementation, attention
+from fusevla.model.layers import AdaRMSNorm, Dense, Einsum, RMSNorm, checkpointed, gated_residual, lecun_normal
+from fusevla.model.rope import apply_rope
+from fusevla.presets import ExpertConfig, Remat
+
+
+class ExpertLayer(eqx.Module):
+    """One expert's share of a transformer block. ``kv`` holds keys at index 0, values at 1; ``gating`` the gelu branch at 0."""
+
+    pre_attention_norm: RMSNorm | AdaRMSNorm
+    q: Einsum
+    kv: Einsum
+    out: Einsum
+    pre_ffw_norm: RMSNorm | AdaRMSNorm
+    gating: Einsum
+    linear: Einsum
+
+    def feed_forward(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Gated gelu (tanh approximation)."""
+        gate, value = self.gating("bsd,cdf->cbsf", x)
+        return self.linear("bsf,fd->bsd", jax.nn.gelu(gate, approximate=True) * value)
+
+
+class Expert(eqx.Module):
+    """A stack of layers and the final norm."""
+
+    layers: ExpertLayer
+    final_norm: RMSNorm | AdaRMSNorm
+
+
+class KVCache(eqx.Module):
+    """Keys (after RoPE) and values of every layer, of fixed length c; which slots are valid is the caller's mask."""
+
+    key: Float[Array, "*layers b c m e"]
+    value: Float[Array, "*layers b c m e"]
+
+
+class Stream(eqx.Module):
+    """What one expert brings to the shared attention: its tokens, and the flow-time condition of its norms (or None)."""
+
+    tokens: Float[Array, "b s d"]
+    cond: Float[Array, "b r c"] | None = None
+
+
+def transformer(
+    experts: tuple[Expert, ...],
+    streams: tuple[Stream, ...],
+    mask: Bool[Array, "b q k"],
+    positions: Int[Array, "b q"],
+    *,
+    implementation: Implementation,
+    remat: Remat = "none",
+    cache: KVCache | None = None,
+    slot: Int[Array, ""] | int = 0,
+    keep_cache: bool = False,
+) -> tuple[tuple[Float[Array, "b _ _"], ...], KVCache | None]:
+    """Runs the experts' stacks over their streams, joined in order; returns their final-normed outputs and the cache.
+
+    Without ``cache``, keys are the tokens given (k = q). With it, the new keys and values are written from ``slot`` on and
+    attention runs over all c slots (k = c). The updated cache comes back if ``keep_cache``; otherwise None.
+    """
+
+    def block(tokens: tuple[Array, ...], layers: tuple[ExpertLayer, ...], past: KVCache | None):
+        joined = tuple(Stream(x, stream.cond) for x, stream in zip(tokens, streams, strict=True))
+        return _block(layers, joined, mask, positions, implementation, past, slot)
+
+    block = checkpointed(block, remat)
+
+    def step(tokens, layer):
+        tokens, kept = block(tokens, *layer)
+        return tokens, (kept if keep_cache else None)
+
+    stacks = (tuple(expert.layers for expert in experts), cache)
+    tokens, new_cache = jax.lax.scan(step, tuple(stream.tokens for stream in streams), stacks)
+    outputs = (e.final_norm(x, s.cond)[0] for e, x, s in zip(experts, tokens, streams, strict=True))
+    return tuple(outputs), new_cache
+
+
+def _block(
+    layers: tuple[ExpertLayer, ...],
+    streams: tuple[Stream, ...],
+    mask: Array,
+    positions: Array,
+    implementation: Implementation,
+    cache: KVCache | None,
+    slot: Array | int,
+) -> tuple[tuple[Array, ...], KVCache]:
+    """One layer of every expert around their shared attention."""
+    normed = [layer.pre_attention_norm(s.tokens, s.cond) for layer, s in zip(layers, streams, strict=True)]
+    query = jnp.concatenate([layer.q("bsd,nde->bsne", x) for layer, (x, _) in zip(layers, normed, strict=True)], axis=1)
+    both = [layer.kv("bsd,cmde->cbsme", x) for layer, (x, _) in zip(layers, normed, strict=True)]
+    key, value = jnp.concatenate(both, axis=2)
+    query = apply_rope(query, positions) * query.shape[-1] ** -0.5
+    key = apply_rope(key, positions)
+    if cache is not None:
+        key = jax.lax.dynamic_update_slice_in_dim(cache.key, key, slot, axis=1)
+        value = jax.lax.dynamic_update_slice_in_dim(cache.value, value, slot, axis=1)
+    encoded = attention(query, key, value, mask, implementation)
+    ends = [sum(s.tokens.shape[1] for s in streams[: i + 1]) for i in range(len(streams) - 1)]
+    outputs = []
+    for layer, stream, (_, gate), part in zip(layers, streams, normed, jnp.split(encoded, ends, axis=1), strict=True):
+        x = gated_residual(stream.tokens, layer.out("bsne,ned->bsd", part), gate)
+        h, gate = layer.pre_ffw_norm(x, stream.cond)
+        outputs.append(gated_residual(x, layer.feed_forward(h), gate))
+    return tuple(outputs), KVCache(key, value)
+
+
+def init_expert(config: ExpertConfig, cond_width: int | None, key: Key) -> Expert:
+    """An expert from scratch (no adapters): lecun-normal matrices, zero norm scales.
+
+    With ``cond_width`` the norms are AdaRMS: zero kernels and a bias that starts every gate at one, so that the expert is an
+    ordinary transformer at step 0 and the flow time comes in as it is learned.
+    """
+    layers = jax.vmap(lambda k: _init_layer(config, cond_width, k))(jax.random.split(key, config.depth))
+    return Expert(layers, _init_norm(config.width, cond_width))
+
+
+def _init_norm(width: int, cond_width: int | None) -> RMSNorm | AdaRMSNorm:
+    if cond_width is None:
+        return RMSNorm(jnp.zeros(width))
+    bias = jnp.concatenate([jnp.zeros(2 * width), jnp.ones(width)])
+    return AdaRMSNorm(Dense(jnp.zeros((cond_width, 3 * width)), bias))
+
+
+def _init_layer(config: ExpertConfig, cond_width: int | None, key: Key) -> ExpertLayer:
+    d, f, n, m, e = config.width, config.mlp_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    q, kv, out, gating, linear = jax.random.split(key, 5)
+    return ExpertLayer(
+        pre_attention_norm=_init_norm(d, cond_width),
+        q=Einsum(lecun_normal(q, (n, d, e), d)),
+        kv=Einsum(lecun_normal(kv, (2, m, d, e), d)),
+        out=Einsum(lecun_normal(out, (n, e, d), n * e)),
+        pre_ffw_norm=_init_norm(d, cond_width),
+        gating=Einsum(lecun_normal(gating, (2, d, f), d)),
+        linear=Einsum(lecun_normal(linear, (f, d), f)),
+    )

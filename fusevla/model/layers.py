@@ -1,0 +1,137 @@
+"""The linear maps, norms and the embedding that SigLIP and Gemma are made of.
+
+Every module holds arrays only (the rest is static), so that ``jax.jit``, ``lax.scan``, optax and orbax take it as it is.
+Weights are cast to the dtype of their input at use: a frozen bfloat16 leaf never gets a lasting float32 copy.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fusevla.arrays import Array, Float, Int, Key
+from fusevla.presets import Remat
+
+EPS = 1e-6
+T = TypeVar("T")
+
+
+def lecun_normal(key: Key, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """Normal with variance 1/fan_in, float32: the initialiser of every matrix that is not listed otherwise."""
+    return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
+
+
+class Dense(eqx.Module):
+    """``x @ kernel + bias`` in the dtype of x (flax's layout: kernel [in, out])."""
+
+    kernel: Float[Array, "*layers inputs outputs"]
+    bias: Float[Array, "*layers outputs"]
+
+    def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape outputs"]:
+        """Maps the last axis."""
+        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
+
+
+class LowRank(eqx.Module):
+    """A LoRA adapter (Hu et al. 2021) on the last two axes of a weight: ``scale * (x a) b``."""
+
+    a: Float[Array, "*axes inputs rank"]
+    b: Float[Array, "*axes rank outputs"]
+    scale: float = eqx.field(static=True)
+
+
+class Einsum(eqx.Module):
+    """A weight applied by an einsum, with an optional low-rank adapter beside it."""
+
+    weight: Float[Array, "*axes inputs outputs"]
+    adapter: LowRank | None = None
+
+    def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """``equation`` names x and the weight, e.g. ``"bsd,nde->bsne"``; the adapter's two equations follow from it.
+
+        With L the rank axis, A replaces the weight's last letter by L, B its last but one: for the output projection
+        ``"bsne,ned->bsd"`` this sums over heads in A and again in B, as openpi's ``lora.py::Einsum``@15a9616a does.
+        """
+        y = jnp.einsum(equation, x, self.weight.astype(x.dtype))
+        if self.adapter is None:
+            return y
+        inputs, weight, outputs = equation.replace("->", ",").split(",")
+        contracted, produced = weight[-2:]
+        low = outputs.replace(produced, "L")
+        down = jnp.einsum(f"{inputs},{weight.replace(produced, 'L')}->{low}", x, self.adapter.a.astype(x.dtype))
+        up = jnp.einsum(f"{low},{weight.replace(contracted, 'L')}->{outputs}", down, self.adapter.b.astype(x.dtype))
+        return y + up * self.adapter.scale
+
+
+class LayerNorm(eqx.Module):
+    """LayerNorm in float32, eps 1e-6 (SigLIP's)."""
+
+    scale: Float[Array, "*layers d"]
+    bias: Float[Array, "*layers d"]
+
+    def __call__(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
+        """Normalises the last axis; returns x's dtype."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPS)
+        return (centred * inverse * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def rms_normalize(x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
+    """``x / sqrt(mean(x^2) + 1e-6)`` in float32 (not cast back)."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPS)
+
+
+class RMSNorm(eqx.Module):
+    """Gemma's RMSNorm: times (1 + scale)."""
+
+    scale: Float[Array, "*layers d"]
+
+    def __call__(self, x: Float[Array, "b s d"], cond: None = None) -> tuple[Float[Array, "b s d"], None]:
+        """Returns (normalised x, no gate); ``cond`` exists so that both norms are called alike."""
+        return (rms_normalize(x) * (1 + self.scale.astype(jnp.float32))).astype(x.dtype), None
+
+
+class AdaRMSNorm(eqx.Module):
+    """RMSNorm whose scale, shift and gate are a linear map of the flow time's embedding (pi0.5; DiT's adaLN)."""
+
+    modulation: Dense
+
+    def __call__(self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
+        """Returns (modulated x, gate). The s tokens are r equal blocks, one for each condition."""
+        per_block = self.modulation(cond.astype(x.dtype))
+        per_token = jnp.repeat(per_block, x.shape[1] // cond.shape[1], axis=1)
+        scale, shift, gate = jnp.split(per_token, 3, axis=-1)
+        normed = rms_normalize(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+        return normed.astype(x.dtype), gate
+
+
+def gated_residual(x: Float[Array, "b s d"], y: Float[Array, "b s d"], gate: Float[Array, "b s d"] | None) -> Float[Array, "b s d"]:
+    """``x + y * gate``, or ``x + y`` where the norm gave no gate."""
+    return x + y if gate is None else x + y * gate
+
+
+class Embedder(eqx.Module):
+    """One table for both ends of the language model (tied)."""
+
+    table: Float[Array, "v d"]
+
+    def embed(self, tokens: Int[Array, "b l"], dtype: Literal["bfloat16", "float32"]) -> Float[Array, "b l d"]:
+        """Rows times sqrt(d), the factor rounded to the table's dtype as in the reference (45.25 in bfloat16 at 2048)."""
+        factor = jnp.sqrt(jnp.float32(self.table.shape[1])).astype(self.table.dtype)
+        return (self.table[tokens] * factor).astype(dtype)
+
+    def unembed(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape v"]:
+        """Float32 logits ``x @ table.T``, unscaled."""
+        return jnp.einsum("...d,vd->...v", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def checkpointed(function: Callable[..., T], remat: Remat) -> Callable[..., T]:
+    """``function`` with its backward pass trading time for memory: keep everything, only matrix products, or nothing."""
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)

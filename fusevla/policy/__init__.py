@@ -1,0 +1,1 @@
+"""From weights to behaviour: prefill, reason, act."""

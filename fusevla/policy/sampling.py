@@ -1,0 +1,183 @@
+"""Inference on a fixed-size key/value cache: prefill -> reason or act. Pure functions; jit them at the boundary.
+
+Slots of the cache are common to a batch (prefix first, then what is appended); positions and validity are each sample's own,
+so that every sample of a mixed batch gives what it gives alone.
+"""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fusevla.arrays import Array, Bool, Float, Int, Key, Observation
+from fusevla.model.fuse import Pi0Fuse, Prefix, embed_actions, embed_prefix, velocity
+from fusevla.model.gemma import KVCache, Stream, transformer
+from fusevla.model.masks import attention_mask, blocks_after_cache, positions, prefix_of
+from fusevla.tokens.protocol import protocol_ids
+
+MAX_NEW_TOKENS = 256
+NEVER = -1e30
+
+
+class Prefilled(eqx.Module):
+    """An encoded observation: its cache (with free slots behind), and the last valid token's output.
+
+    ``valid`` says which slots hold a token, ``length`` how many tokens each sample has (the next RoPE position),
+    ``used`` the first free slot, ``decision`` the float32 logits of (reason, act) at each sample's own END_OF_PREFIX.
+    """
+
+    cache: KVCache
+    valid: Bool[Array, "b c"]
+    length: Int[Array, " b"]
+    used: Int[Array, ""]
+    hidden: Float[Array, "b d"]
+    logits: Float[Array, "b v"]
+    decision: Float[Array, "b 2"]
+    reserve: int = eqx.field(static=True)
+    """Slots that were free behind the prefix."""
+
+
+class Reasoned(eqx.Module):
+    """Decoded text: ``tokens`` start with BEGIN_OF_REASONING, end with EOS (where it came in time), then PAD."""
+
+    tokens: Int[Array, "b t"]
+    length: Int[Array, " b"]
+    finished: Bool[Array, " b"]
+
+
+def prefill(model: Pi0Fuse, observation: Observation, reserve: int = MAX_NEW_TOKENS + 1) -> Prefilled:
+    """Encodes images and the bidirectional prefix (anything from the first causal token on is left out).
+
+    ``reserve`` slots are kept free for what is appended: text (``reason``) or BEGIN_OF_ACTION (``act``).
+    """
+    prefix_mask = prefix_of(observation.token_mask, observation.token_ar_mask)
+    bare = eqx.tree_at(lambda o: o.token_mask, observation, prefix_mask)
+    return _encode(model, embed_prefix(model, bare), reserve)
+
+
+def _encode(model: Pi0Fuse, prefix: Prefix, reserve: int) -> Prefilled:
+    mask, where = attention_mask(prefix.valid, prefix.ar), positions(prefix.valid)
+    (hidden,), cache = transformer(
+        (model.language,), (Stream(prefix.tokens),), mask, where, implementation=model.config.attention, keep_cache=True
+    )
+    slots = prefix.valid.shape[1]
+    last = slots - 1 - jnp.argmax(jnp.flip(prefix.valid, axis=1), axis=1)
+    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    logits = model.embedder.unembed(final)
+    ids = protocol_ids(model.config.vocab_size)
+    return Prefilled(
+        cache=_grown(cache, reserve),
+        valid=jnp.pad(prefix.valid, ((0, 0), (0, reserve))),
+        length=jnp.sum(prefix.valid, axis=1, dtype=jnp.int32),
+        used=jnp.int32(slots),
+        hidden=final,
+        logits=logits,
+        decision=logits[:, jnp.array([ids.bor, ids.boa])],
+        reserve=reserve,
+    )
+
+
+def _grown(cache: KVCache, extra: int) -> KVCache:
+    room = [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)]
+    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room))
+
+
+def append_token(model: Pi0Fuse, state: Prefilled, token: Int[Array, " b"], present: Bool[Array, " b"]) -> Prefilled:
+    """Feeds one token to each sample; where ``present`` is False the slot stays invalid and the sample as it was."""
+    valid = jax.lax.dynamic_update_slice_in_dim(state.valid, present[:, None], state.used, axis=1)
+    tokens = model.embedder.embed(token[:, None], model.config.dtype)
+    (hidden,), cache = transformer(
+        (model.language,),
+        (Stream(tokens),),
+        valid[:, None, :],
+        state.length[:, None],
+        implementation=model.config.attention,
+        cache=state.cache,
+        slot=state.used,
+        keep_cache=True,
+    )
+    final = jnp.where(present[:, None], hidden[:, 0], state.hidden)
+    logits = model.embedder.unembed(final)
+    ids = protocol_ids(model.config.vocab_size)
+    decision = logits[:, jnp.array([ids.bor, ids.boa])]
+    return Prefilled(cache, valid, state.length + present.astype(jnp.int32), state.used + 1, final, logits, decision, state.reserve)
+
+
+def reason(
+    model: Pi0Fuse, state: Prefilled, max_new_tokens: int = MAX_NEW_TOKENS, *, key: Key | None = None, temperature: float = 0.0
+) -> tuple[Reasoned, Prefilled]:
+    """Decodes a thought for every sample: BEGIN_OF_REASONING forced first, protocol tokens never inside the text.
+
+    Greedy at temperature 0, else sampled with ``key``. Each sample stops at its own EOS; the loop ends when all have.
+    ``max_new_tokens`` counts BEGIN_OF_REASONING and must fit the cache's reserve.
+    """
+    if max_new_tokens > state.reserve:
+        raise ValueError(f"reason: {max_new_tokens} new tokens do not fit the {state.reserve} slots that prefill reserved")
+    batch = state.length.shape[0]
+    ids = protocol_ids(model.config.vocab_size)
+    blocked = jnp.zeros(model.config.vocab_size).at[jnp.array([ids.bor, ids.boa, ids.eop])].set(NEVER)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
+    out = jnp.full((batch, max_new_tokens), ids.pad, jnp.int32)
+
+    def unfinished(carry) -> Array:
+        step, done, *_ = carry
+        return (step < max_new_tokens) & jnp.logical_not(jnp.all(done))
+
+    def decode(carry):
+        step, done, out, state = carry
+        choice = _choose(state.logits + blocked, keys[step], temperature)
+        token = jnp.where(step == 0, ids.bor, jnp.where(done, ids.pad, choice)).astype(jnp.int32)
+        state = append_token(model, state, token, jnp.logical_not(done))
+        return step + 1, done | (token == ids.eos), out.at[:, step].set(token), state
+
+    start = (jnp.int32(0), jnp.zeros(batch, bool), out, state)
+    _, done, out, state = jax.lax.while_loop(unfinished, decode, start)
+    return Reasoned(out, jnp.sum(out != ids.pad, axis=1, dtype=jnp.int32), done), state
+
+
+def _choose(logits: Float[Array, "b v"], key: Key, temperature: float) -> Int[Array, " b"]:
+    if temperature == 0.0:
+        return jnp.argmax(logits, axis=-1)
+    return jax.random.categorical(key, logits / temperature, axis=-1)
+
+
+def act(model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], num_steps: int = 10) -> Float[Array, "b r h a"]:
+    """Appends BEGIN_OF_ACTION and denoises r candidate chunks per sample, blind to each other, from one prefill."""
+    ids = protocol_ids(model.config.vocab_size)
+    batch = state.length.shape[0]
+    begin = jnp.full(batch, ids.boa, jnp.int32)
+    return denoise(model, append_token(model, state, begin, jnp.ones(batch, bool)), noise, num_steps)
+
+
+def sample_actions(
+    model: Pi0Fuse, observation: Observation, noise: Float[Array, "b r h a"], num_steps: int = 10
+) -> Float[Array, "b r h a"]:
+    """Encodes the observation as given (suffix tokens included) and denoises."""
+    return denoise(model, _encode(model, embed_prefix(model, observation), 0), noise, num_steps)
+
+
+def denoise(model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], num_steps: int) -> Float[Array, "b r h a"]:
+    """Euler from t=1 (noise) to t=0 with dt = -1/num_steps; the action blocks get cache slots of their own."""
+    room = noise.shape[1] * noise.shape[2]
+    state = eqx.tree_at(lambda s: (s.cache, s.valid), state, (_grown(state.cache, room), jnp.pad(state.valid, ((0, 0), (0, room)))))
+    step = partial(_euler_step, model, state, -1.0 / num_steps)
+    (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
+    return actions
+
+
+def _euler_step(model: Pi0Fuse, state: Prefilled, dt: float, carry: tuple[Array, Array], _: None):
+    x, time = carry
+    batch, draws, horizon, _ = x.shape
+    slot = state.valid.shape[1] - draws * horizon
+    steps = jnp.tile(jnp.arange(horizon, dtype=jnp.int32), draws)
+    (hidden,), _ = transformer(
+        (model.action,),
+        (embed_actions(model, x, jnp.full((batch, draws), time)),),
+        blocks_after_cache(state.valid, slot, draws, horizon),
+        state.length[:, None] + steps,
+        implementation=model.config.attention,
+        cache=state.cache,
+        slot=slot,
+    )
+    return (x + dt * velocity(model, hidden, draws), time + dt), None

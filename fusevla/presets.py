@@ -1,0 +1,218 @@
+"""Every size and every option, as frozen dataclasses, and the presets that name the useful combinations of them.
+
+Sizes: openpi ``src/openpi/models/{gemma,siglip,pi0}.py``@15a9616a. Recipe: "Do What You Say" (Wu et al. 2025) and DESIGN
+tables of this repository's README.
+"""
+
+import dataclasses
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Freeze = Literal["llm", "all_but_lora", "none"]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter on the attention and feed-forward matrices of one expert."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead of alpha/rank."""
+    attention: bool = True
+    feed_forward: bool = True
+    scale_feed_forward: bool = True
+    """False reads checkpoints trained with openpi's feed-forward LoRA, which ignores the scale (same when alpha == rank)."""
+
+    @property
+    def scale(self) -> float:
+        """The factor in ``y = x W + scale * (x A) B``."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """One Gemma expert. Depth, heads and head_dim agree between the experts, widths may differ."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    lora: LoraConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP tower."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int = 14
+    image_size: int = 224
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per camera."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a ``Pi0Fuse``."""
+
+    vision: VisionConfig
+    language: ExpertConfig
+    action: ExpertConfig
+    vocab_size: int = 257152
+    action_dim: int = 32
+    action_horizon: int = 16
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype; softmax, norm variances, RoPE, losses and the action heads are float32 whatever this says."""
+    attention: Literal["plain", "xla", "cudnn"] = "xla"
+    remat: Remat = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which frames, which cameras, which texts."""
+
+    data: str | None = None
+    """A LeRobot folder (v2.0, v2.1 or v3.0)."""
+    annotations: str | None = None
+    """cot_simple.json; by default the one inside ``data``."""
+    cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb")
+    columns: tuple[tuple[str, str], ...] = ()
+    """(name, column) pairs for columns that are not recognised; names: the cameras, ``state``, ``actions``."""
+    use_reasoning: bool = True
+    use_wrist_image: bool = True
+    use_outdated_reasoning: bool = True
+    supervise_act_decision: bool = True
+    mask_padded_actions: bool = True
+    max_token_len: int = 415
+    text_buckets: tuple[int, ...] = (128, 192, 256, 320, 415)
+    """Text is padded to the first of these that fits the longest sample of a batch; the last one is ``max_token_len``."""
+    norm: str = "auto"
+    """``auto`` (norm_stats.json of the folder, computed when absent), ``none`` (raw values) or a norm_stats.json."""
+    held_out_fraction: float = 0.1
+    """Share of episodes kept for validation (at least one where there are two)."""
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Train-time augmentation on the device; zero or one everywhere means off."""
+
+    crop: float = 0.95
+    rotate_degrees: float = 5.0
+    brightness: float = 0.3
+    contrast: float = 0.4
+    saturation: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up from peak/(warmup+1), then cosine decay (``optax.warmup_cosine_decay_schedule``)."""
+
+    peak: float = 5e-5
+    end: float = 5e-6
+    warmup_steps: int = 300
+    decay_steps: int = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    steps: int = 10_000
+    batch_size: int = 4
+    schedule: ScheduleConfig = ScheduleConfig()
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-10
+    clip_norm: float = 1.0
+    ema_decay: float | None = None
+    freeze: Freeze = "llm"
+    diffusion_loss_coeff: float = 1.0
+    flow_draws: int = 1
+    augment: AugmentConfig | None = AugmentConfig()
+    seed: int = 42
+    log_every: int = 10
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named, complete job."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    num_steps: int = 10
+    """Euler steps of the action sampler."""
+
+
+PI05 = ModelConfig(
+    vision=VisionConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16),
+    language=ExpertConfig(width=2048, depth=18, mlp_dim=16384, lora=LoraConfig(rank=16, alpha=16.0)),
+    action=ExpertConfig(width=1024, depth=18, mlp_dim=4096, lora=LoraConfig(rank=32, alpha=32.0)),
+)
+"""The published sizes: 3,353,433,872 parameters and 49,987,584 of LoRA."""
+
+TINY = ModelConfig(
+    vision=VisionConfig(width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=28),
+    language=ExpertConfig(width=128, depth=4, mlp_dim=256, num_heads=4, head_dim=32, lora=LoraConfig(rank=8, alpha=8.0)),
+    action=ExpertConfig(width=64, depth=4, mlp_dim=128, num_heads=4, head_dim=32, lora=LoraConfig(rank=8, alpha=8.0)),
+    vocab_size=1024,
+    dtype="float32",
+    remat="none",
+)
+"""The same architecture for a laptop; its vocabulary follows the tokenizer."""
+
+
+def _libero(name: str, steps: int, warmup_steps: int) -> Preset:
+    schedule = ScheduleConfig(peak=5e-5, end=5e-6, warmup_steps=warmup_steps, decay_steps=steps)
+    return Preset(name=name, model=PI05, train=TrainConfig(steps=steps, batch_size=4, schedule=schedule))
+
+
+LIBERO10 = _libero("libero10", steps=10_000, warmup_steps=300)
+LIBERO100 = _libero("libero100", steps=30_000, warmup_steps=1_000)
+LIBERO100_BASKET = _libero("libero100-basket", steps=30_000, warmup_steps=1_000)
+"""The compositional split: as libero100, with the annotations of libero-100-basket-r."""
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (LIBERO10, LIBERO100, LIBERO100_BASKET)}
+"""Every named job; the toy one is added by its own definition."""
+
+
+def scratch_schedule(steps: int) -> ScheduleConfig:
+    """For random weights: peak 1e-3, warm-up min(100, steps/10), cosine to a tenth of the peak over ``steps``."""
+    return ScheduleConfig(peak=1e-3, end=1e-4, warmup_steps=min(100, steps // 10), decay_steps=steps)
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if get_origin(kind) in (Union, UnionType):
+        return _from_json(next(arm for arm in get_args(kind) if arm is not NoneType), value)
+    if get_origin(kind) is tuple:
+        return tuple(_from_json(get_args(kind)[0], item) for item in value)
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise ValueError(f"{getattr(kind, '__name__', kind)}: unknown fields {unknown}; written by a newer version?")
+        return kind(**{name: _from_json(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    return value
+
+
+def preset_from_dict(values: dict[str, Any]) -> Preset:
+    """The inverse of ``dataclasses.asdict`` after a trip through JSON (absent fields take their defaults)."""
+    preset: Preset = _from_json(Preset, values)
+    return preset
