@@ -1,5 +1,202 @@
-"""LeRobot folders."""
+"""LeRobot folders, v2.0, v2.1 and v3.0, read with pyarrow alone: numbers in memory, images one by one when asked for.
 
+``open_set`` checks everything but the pixels and reports every defect at once. Images inside parquet need nothing else;
+video columns need PyAV, imported when the first frame is asked for.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from fusevla.data.lerobot_columns import find_column
+from fusevla.data.lerobot_meta import Defects, EpisodeRecord, LeRobotError, SetMeta, read_meta
+from fusevla.data.lerobot_tables import EpisodeTable, read_tables
 from fusevla.data.lerobot_write import EpisodeFrames, encode_image, write_lerobot_v21
+from fusevla.data.parquet_pages import ByteColumn, PageCache
 
-__all__ = ["EpisodeFrames", "encode_image", "write_lerobot_v21"]
+__all__ = ["Episode", "EpisodeFrames", "LeRobotError", "LeRobotSet", "encode_image", "open_set", "write_lerobot_v21"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """``index`` is the episode's number in the set (annotations refer to it), ``length`` its frames, ``task`` the instruction."""
+
+    index: int
+    length: int
+    task: str
+
+
+class LeRobotSet:
+    """A checked LeRobot folder.
+
+    Rows are the frames of all episodes in order of episode number, 0 to ``len(set) - 1``; ``i`` below is the *position* of an
+    episode in ``episodes``, not its number. Picklable (worker processes reopen the files) and safe between threads.
+
+    Attributes:
+        root, version, fps: the folder, ``v2.0`` / ``v2.1`` / ``v3.0``, frames per second.
+        episodes: ``tuple[Episode, ...]``, ascending by number.
+        state: float32 [rows, state_dim]; actions: float32 [rows, action_dim], as stored.
+        cameras: camera name -> column.
+    """
+
+    def __init__(self, meta: SetMeta, tables: Sequence[EpisodeTable], cameras: dict[str, str]) -> None:
+        self.root, self.version, self.fps = meta.root, meta.version, meta.fps
+        self.episodes = tuple(Episode(e.index, e.length, t.task) for e, t in zip(meta.episodes, tables, strict=True))
+        self.state = np.concatenate([table.state for table in tables])
+        self.actions = np.concatenate([table.actions for table in tables])
+        self.cameras = dict(cameras)
+        self._starts = np.cumsum([0, *(episode.length for episode in self.episodes)])
+        self._records: tuple[EpisodeRecord, ...] = meta.episodes
+        self._first_rows = [table.first_row for table in tables]
+        self._shapes = {column: tuple(meta.features[column]["shape"]) for column in self.cameras.values()}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._cache = PageCache()
+        self._columns: dict[tuple[Path, str], ByteColumn | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_cache", "_columns")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __repr__(self) -> str:
+        return f"LeRobotSet({str(self.root)!r}, {self.version}, {len(self.episodes)} episodes, {len(self)} frames, {self.cameras})"
+
+    def episode_slice(self, i: int) -> slice:
+        """The rows of episode ``i`` (a position in ``episodes``)."""
+        return slice(int(self._starts[i]), int(self._starts[i + 1]))
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(position of the episode, frame in it) of a row. IndexError outside the set."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self.root}, which has {len(self)} frames")
+        i = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return i, row - int(self._starts[i])
+
+    def image(self, camera: str, row: int) -> np.ndarray:
+        """The frame of ``camera`` at ``row``, uint8 [H, W, 3]. LeRobotError when it is missing or cannot be decoded."""
+        i, frame = self.locate(row)
+        column = self.cameras[camera]
+        record = self._records[i]
+        try:
+            if column in record.videos:
+                from fusevla.data.video import read_frame
+
+                span = record.videos[column]
+                return self._checked(read_frame(span.path, span.start + frame / self.fps, self.fps), column)
+            return self._checked(self._stored(record.path, column, self._first_rows[i] + frame), column)
+        except Exception as error:  # decoders raise whatever they like on damaged bytes
+            if isinstance(error, ImportError | MemoryError):
+                raise
+            where = record.videos[column].path if column in record.videos else record.path
+            problem = f"{column} of episode {record.index}, frame {frame} cannot be decoded ({type(error).__name__}: {error})."
+            raise LeRobotError(self.root, [f"{where.relative_to(self.root)}: {problem}"]) from error
+
+    def _checked(self, image: np.ndarray, column: str) -> np.ndarray:
+        shape = self._shapes[column]
+        if shape not in (image.shape, (image.shape[2], *image.shape[:2])):  # info.json has either order
+            raise ValueError(f"info.json says {list(shape)}, the image is {list(image.shape)}")
+        return image
+
+    def _stored(self, path: Path, column: str, row: int) -> np.ndarray:
+        key = (path, column)
+        if key not in self._columns:
+            leaf = _leaf(pq.read_schema(path).field(column))
+            self._columns[key] = ByteColumn(path, leaf, self._cache) if leaf else None
+        reader = self._columns[key]
+        if reader is None:
+            return _raw_pixels(path, column, row, self._shapes[column])
+        data = reader.read(row)
+        return decode_image(self._beside(path, column, row) if data is None else data)
+
+    def _beside(self, path: Path, column: str, row: int) -> bytes:
+        """Some v2.0 sets store only the name of an image file."""
+        name = ByteColumn(path, f"{column}.path", self._cache).read(row)
+        file = self.root / (name or b"").decode()
+        if not name or not file.resolve().is_relative_to(self.root.resolve()):
+            raise ValueError("it has neither bytes nor the name of a file in the set's folder")
+        return file.read_bytes()
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """PNG or JPEG bytes -> uint8 [H, W, 3]. Raises what Pillow raises for damaged bytes."""
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _leaf(field: pa.Field) -> str | None:
+    """Dotted path of the leaf with encoded bytes; None for a column of plain numbers."""
+    kind = field.type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return f"{field.name}.bytes"
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return field.name
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return None
+    raise TypeError(f"an image column holds {{bytes, path}}, bytes or lists of numbers; {field.name!r} is {kind}")
+
+
+def _raw_pixels(path: Path, column: str, row: int, shape: tuple[int, ...]) -> np.ndarray:
+    """An image stored as nested lists of numbers."""
+    value: Any = pq.read_table(path, columns=[column], use_threads=False).column(0)[row].values
+    while not pa.types.is_integer(value.type):
+        value = value.flatten()
+    pixels = value.to_numpy(zero_copy_only=False)
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f"grey levels must be 0 to 255; got {pixels.min()} to {pixels.max()}")
+    image = pixels.astype(np.uint8).reshape(shape)
+    return image.transpose(1, 2, 0) if shape[0] == 3 and shape[2] != 3 else image
+
+
+def open_set(
+    root: str | Path, columns: Iterable[Sequence[str]] = (), cameras: Sequence[str] = ("base_0_rgb", "left_wrist_0_rgb")
+) -> LeRobotSet:
+    """Open the LeRobot folder ``root``.
+
+    Args:
+        root: the folder that holds ``meta`` and ``data``.
+        columns: (name, column) pairs for what is not recognised (``DataConfig.columns``).
+        cameras: the cameras to find; others in the set are left alone.
+
+    Raises:
+        LeRobotError: listing every defect: files missing or truncated, columns not found, wrong dimensions, NaN, an
+            info.json that disagrees with what it describes. Pixels are checked when they are read.
+    """
+    meta = read_meta(Path(root).expanduser())
+    defects = Defects(meta.root)
+    found: dict[str, str] = {}
+    columns = [tuple(pair) for pair in columns]
+    for name in ("state", "actions", *cameras):
+        visual = name not in ("state", "actions")
+        available = [key for key, feature in meta.features.items() if (feature["dtype"] in ("image", "video", "uint8")) == visual]
+        try:
+            found[name] = find_column(name, available, columns)
+        except ValueError as error:
+            defects.add("meta/info.json", str(error))
+    defects.stop_if_any()
+    _check_visual(meta, [found[camera] for camera in cameras], defects)
+    tables = read_tables(meta, found["state"], found["actions"], [found[camera] for camera in cameras], defects)
+    defects.stop_if_any()
+    good = [table for table in tables if table is not None]
+    return LeRobotSet(meta, good, {camera: found[camera] for camera in cameras})
+
+
+def _check_visual(meta: SetMeta, columns: Sequence[str], defects: Defects) -> None:
+    for column in columns:
+        shape = meta.features[column]["shape"]
+        if len(shape) != 3 or 3 not in (shape[0], shape[-1]):
+            defects.add("meta/info.json", f"camera column {column!r} must be [height, width, 3] or [3, height, width]; got {shape}.")
+    defects.stop_if_any()

@@ -1,0 +1,252 @@
+"""What the ``meta`` folder of a LeRobot set says (v2.0, v2.1, v3.0), checked and brought to one form.
+
+v2.x: ``meta/{info.json, tasks.jsonl, episodes.jsonl}``, one parquet file (and one video per camera) per episode.
+v3.0: ``meta/{info.json, tasks.parquet, episodes/chunk-*/file-*.parquet}``, many episodes per parquet file and video.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+__all__ = ["Defects", "EpisodeRecord", "LeRobotError", "SetMeta", "VideoSpan", "read_meta"]
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+
+
+class LeRobotError(ValueError):
+    """A LeRobot folder that cannot be used; ``defects`` lists everything that was found, one sentence each."""
+
+    def __init__(self, root: str | Path, defects: list[str]) -> None:
+        self.root, self.defects = str(root), list(defects)
+        shown = "\n".join(f"  - {defect}" for defect in defects[:50])
+        more = f"\n  ... and {len(defects) - 50} more" if len(defects) > 50 else ""
+        count = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"
+        super().__init__(f"The LeRobot set {root} cannot be used; {count} found:\n{shown}{more}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root, self.defects)  # so that it survives the way back from a worker process
+
+
+class Defects(list[str]):
+    """Collects defects, so that all are reported at once."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def add(self, where: str, problem: str) -> None:
+        """Note ``problem`` (expected and got) at ``where`` (a file, an episode)."""
+        self.append(f"{where}: {problem}")
+
+    def stop_if_any(self) -> None:
+        """Raise LeRobotError when something has been noted."""
+        if self:
+            raise LeRobotError(self.root, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSpan:
+    """Where the frames of one episode and camera lie: seconds from ``start`` in the video file ``path``."""
+
+    path: Path
+    start: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeRecord:
+    """One episode according to the meta folder; ``path`` is its parquet file, ``task`` None where the record names none."""
+
+    index: int
+    length: int
+    task: str | None
+    path: Path
+    videos: dict[str, VideoSpan]
+
+
+@dataclasses.dataclass(frozen=True)
+class SetMeta:
+    """The checked meta folder. ``features`` maps a column to its {dtype, shape} of info.json."""
+
+    root: Path
+    version: str
+    fps: float
+    features: dict[str, dict[str, Any]]
+    tasks: dict[int, str]
+    episodes: tuple[EpisodeRecord, ...]
+
+
+def read_meta(root: Path) -> SetMeta:
+    """Read and check ``root/meta``. Raises LeRobotError with every defect found."""
+    defects = Defects(root)
+    if not root.is_dir():
+        defects.append(f"{root} is not a folder. Give the folder that contains meta/info.json.")
+    elif not (root / "meta/info.json").is_file():
+        defects.add("meta/info.json", "is missing. Give the folder of a LeRobot set (it contains meta/ and data/).")
+    defects.stop_if_any()
+    info = _read_info(root, defects)
+    tasks = _read_tasks(root, info["codebase_version"], defects)
+    episodes = _read_episodes(root, info, defects)
+    defects.stop_if_any()
+    _check_totals(info, tasks, episodes, defects)
+    defects.stop_if_any()
+    return SetMeta(root, info["codebase_version"], float(info["fps"]), info["features"], tasks, tuple(episodes))
+
+
+def _read_info(root: Path, defects: Defects) -> dict[str, Any]:
+    where = "meta/info.json"
+    try:
+        info = json.loads((root / where).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LeRobotError(root, [f"{where}: is not readable JSON ({error})."]) from error
+    if not isinstance(info, dict):
+        raise LeRobotError(root, [f"{where}: must be a JSON object; got {type(info).__name__}."])
+    if info.get("codebase_version") not in VERSIONS:
+        defects.add(where, f"codebase_version must be one of {', '.join(VERSIONS)}; got {info.get('codebase_version')!r}.")
+    fps = info.get("fps")
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < 1e5:
+        defects.add(where, f"fps must be a positive number; got {fps!r}.")
+    if not isinstance(info.get("data_path"), str):
+        defects.add(where, f"data_path must be a path template; got {info.get('data_path')!r}.")
+    _check_features(info.get("features"), defects)
+    defects.stop_if_any()
+    return info
+
+
+def _check_features(features: Any, defects: Defects) -> None:
+    where = "meta/info.json"
+    if not isinstance(features, dict) or not features:
+        return defects.add(where, f"features must be an object of columns; got {type(features).__name__}.")
+    for name, feature in features.items():
+        shape = feature.get("shape") if isinstance(feature, dict) else None
+        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 < size < 1 << 20 for size in shape):
+            defects.add(where, f"feature {name!r} needs a dtype and a shape of positive integers; got {feature!r:.200}.")
+        elif not isinstance(feature.get("dtype"), str):
+            defects.add(where, f"feature {name!r} needs a dtype; got {feature.get('dtype')!r}.")
+
+
+def _check_totals(info: Mapping[str, Any], tasks: Mapping[int, str], episodes: list[EpisodeRecord], defects: Defects) -> None:
+    """info.json against the episode records: the counts it claims must be the counts there are."""
+    frames = sum(episode.length for episode in episodes)
+    for key, found in (("total_episodes", len(episodes)), ("total_frames", frames), ("total_tasks", len(tasks))):
+        if key in info and info[key] != found:
+            defects.add("meta/info.json", f"{key} says {info[key]!r}, the records beside it hold {found}.")
+    if not episodes:
+        defects.add("meta", "lists no episode.")
+
+
+def _json_lines(root: Path, name: str, defects: Defects) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) for each line."""
+    try:
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        return defects.add(name, f"cannot be read ({error}).")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            defects.add(f"{name} line {number}", f"is not JSON ({error}).")
+            continue
+        if isinstance(record, dict):
+            yield f"{name} line {number}", record
+        else:
+            defects.add(f"{name} line {number}", f"must be an object; got {type(record).__name__}.")
+
+
+def _parquet_rows(root: Path, path: Path, columns: list[str] | None, defects: Defects) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) for each row of a small parquet file; ``columns`` that it lacks are left out."""
+    name = str(path.relative_to(root))
+    try:
+        file = pq.ParquetFile(path)
+        table = file.read(columns if columns is None else [c for c in columns if c in file.schema_arrow.names])
+        rows = table.to_pylist()
+    except (OSError, pa.ArrowException, ValueError) as error:
+        return defects.add(name, f"cannot be read, it may be truncated ({error}).")
+    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows))
+
+
+def _read_tasks(root: Path, version: str, defects: Defects) -> dict[int, str]:
+    tasks: dict[int, str] = {}
+    if version == "v3.0":
+        rows = _parquet_rows(root, root / "meta/tasks.parquet", None, defects)
+    else:
+        rows = _json_lines(root, "meta/tasks.jsonl", defects)
+    for where, row in rows:
+        index = row.get("task_index")
+        # v3.0 keeps the text in the frame's index: "task" or, unnamed, "__index_level_0__"
+        task = row.get("task", row.get("__index_level_0__"))
+        if not _is_index(index) or not isinstance(task, str) or not task.strip():
+            defects.add(where, f"needs an integer task_index and a task text; got {row!r:.200}.")
+        elif index in tasks:
+            defects.add(where, f"task_index {index} appears twice.")
+        else:
+            tasks[index] = task
+    return tasks
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _read_episodes(root: Path, info: Mapping[str, Any], defects: Defects) -> list[EpisodeRecord]:
+    version3 = info["codebase_version"] == "v3.0"
+    episodes: dict[int, EpisodeRecord] = {}
+    for where, row in _episode_rows_v3(root, info, defects) if version3 else _json_lines(root, "meta/episodes.jsonl", defects):
+        index, length, tasks = row.get("episode_index"), row.get("length"), row.get("tasks", [])
+        if not _is_index(index) or not _is_index(length) or length == 0:
+            defects.add(where, f"needs an episode_index and a positive length; got {index!r} and {length!r}.")
+        elif not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+            defects.add(where, f"tasks must be a list of texts; got {tasks!r:.200}.")
+        elif index in episodes:
+            defects.add(where, f"episode_index {index} appears twice.")
+        else:
+            try:
+                path, videos = (_paths_v3 if version3 else _paths_v2)(root, info, index, row)
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+                defects.add(where, f"no file follows from the path templates of info.json for episode {index} ({error!r}).")
+                continue
+            episodes[index] = EpisodeRecord(index, length, tasks[0] if len(tasks) == 1 else None, path, videos)
+    return [episodes[index] for index in sorted(episodes)]
+
+
+def _episode_rows_v3(root: Path, info: Mapping[str, Any], defects: Defects) -> Iterator[tuple[str, dict[str, Any]]]:
+    columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+    for video in _video_keys(info):
+        columns += [f"videos/{video}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    files = sorted((root / "meta/episodes").glob("*/*.parquet"))
+    if not files:
+        defects.add("meta/episodes", "has no parquet file; a v3.0 set lists its episodes there.")
+    for path in files:
+        yield from _parquet_rows(root, path, columns, defects)
+
+
+def _video_keys(info: Mapping[str, Any]) -> list[str]:
+    return [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
+
+
+def _paths_v2(root: Path, info: Mapping[str, Any], index: int, row: Mapping[str, Any]) -> tuple[Path, dict[str, VideoSpan]]:
+    fields = {"episode_chunk": index // int(info.get("chunks_size", 1000)), "episode_index": index}
+    videos = {key: VideoSpan(_inside(root, info["video_path"].format(video_key=key, **fields)), 0.0) for key in _video_keys(info)}
+    return _inside(root, info["data_path"].format(**fields)), videos
+
+
+def _paths_v3(root: Path, info: Mapping[str, Any], index: int, row: Mapping[str, Any]) -> tuple[Path, dict[str, VideoSpan]]:
+    videos = {}
+    for key in _video_keys(info):
+        fields = {name: int(row[f"videos/{key}/{name}"]) for name in ("chunk_index", "file_index")}
+        path = _inside(root, info["video_path"].format(video_key=key, **fields))
+        videos[key] = VideoSpan(path, float(row[f"videos/{key}/from_timestamp"]))
+    fields = {name: int(row[f"data/{name}"]) for name in ("chunk_index", "file_index")}
+    return _inside(root, info["data_path"].format(**fields)), videos
+
+
+def _inside(root: Path, relative: str) -> Path:
+    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        raise ValueError(f"{relative!r} leaves the set's folder")
+    return root / relative

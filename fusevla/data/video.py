@@ -1,0 +1,39 @@
+"""Single frames of a video file, through PyAV. Imported only when a set keeps its images as video."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["read_frame"]
+
+
+def read_frame(path: Path, timestamp: float, fps: float) -> np.ndarray:
+    """The frame shown at ``timestamp`` seconds, uint8 [H, W, 3]: seeks to the key frame before it and decodes on.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        ValueError: no frame within half a frame interval of ``timestamp``.
+    """
+    av = _import_av()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        container.seek(max(0, int((timestamp - 0.5 / fps) / stream.time_base)), stream=stream, backward=True)
+        best: Any = None
+        for frame in container.decode(stream):
+            if best is None or abs(frame.time - timestamp) <= abs(best.time - timestamp):
+                best = frame
+            if frame.time >= timestamp:
+                break
+        if best is None or abs(best.time - timestamp) > 0.5 / fps:
+            got = "none" if best is None else f"{best.time:g} s"
+            raise ValueError(f"a frame at {timestamp:g} s (within {0.5 / fps:g} s) expected, the nearest is {got}")
+        return np.asarray(best.to_ndarray(format="rgb24"))
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("This set keeps its images as video; reading them needs PyAV: pip install av (or fusevla[lerobot]).") from error
+    return av
