@@ -1,0 +1,1 @@
+"""Text to tokens and back: the tokenizer, and the protocol that joins prompt, thought and decision."""
