@@ -1,0 +1,253 @@
+"""The toy tasks: a scripted expert in the tabletop world, and its demonstrations as a LeRobot v2.1 set.
+
+Two sets exist. The *plans* set is what the ``toy`` preset fine-tunes on: the instruction names two of three blocks and at
+most a relation, the plan (``cot_simple.json``) puts them in order, and only its last line says which block is next. The
+*base* set is what the toy base checkpoint has seen: one sub-goal per episode, named by the instruction, no plan anywhere.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from fusevla.arrays import Float
+from fusevla.data.annotations import initial_content, plan_thought, with_instruction
+from fusevla.data.lerobot import EpisodeFrames, write_lerobot_v21
+from fusevla.data.toy_world import COLORS, MAX_STEP, World, draw, over_tray, random_world, state, step
+
+Family = Literal["left", "right", "top", "bottom", "open"]
+Kind = Literal["plans", "base"]
+
+RELATIONS: Final[dict[Family, tuple[str, Float[np.ndarray, "2"]]]] = {
+    "left": (" from left to right", np.array([1.0, 0.0])),
+    "right": (" from right to left", np.array([-1.0, 0.0])),
+    "top": (" from top to bottom", np.array([0.0, 1.0])),
+    "bottom": (" from bottom to top", np.array([0.0, -1.0])),
+    "open": ("", np.array([1.0, 0.0])),
+}
+"""What the instruction adds, and the direction along which blocks are taken. Where it leaves the order open, the
+demonstrations have a habit (left first) that the policy has to pick up from them."""
+
+MARGIN: Final = 0.6
+"""Two blocks to be ordered differ by at least this much along the direction, in cells."""
+FPS: Final = 10
+COLUMNS: Final = {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}
+"""Camera name -> column of the set."""
+ACTUATOR_NOISE: Final = 0.04
+"""Standard deviation of what the gripper does beside what it is told while demonstrations are collected, in cells."""
+_CLOSE_AT = 0.2
+_MAX_FRAMES = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """A demonstration: ``worlds[t]`` is seen and ``actions[t]`` is done, frame by frame.
+
+    ``plan`` lists block indices in the order wanted (one for the base set), ``placed_at`` the frame that first shows each
+    of them in the tray, ``opened_at`` the first frame at which the gripper is open before each of them.
+    """
+
+    task: str
+    worlds: tuple[World, ...]
+    actions: Float[np.ndarray, "t 3"]
+    plan: tuple[int, ...] = ()
+    opened_at: tuple[int, ...] = ()
+    placed_at: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.worlds)
+
+
+def subgoal(color: str) -> str:
+    """What a plan line and a base instruction say."""
+    return f"put the {color} block in the tray"
+
+
+def expert(world: World, target: int) -> Float[np.ndarray, "3"]:
+    """The action that brings block ``target`` into the tray: open, go there at full speed, close, go to the tray, open.
+
+    Whatever else is in the gripper is put down first. With the target in the tray the gripper opens and waits.
+    """
+    wait_open = np.array([0.0, 0.0, -1.0])
+    if target in world.placed or world.held not in (None, target):
+        return wait_open
+    if world.held == target:
+        to_tray = world.tray - world.gripper
+        arrived = np.linalg.norm(to_tray) < _CLOSE_AT and over_tray(world)
+        return wait_open if arrived else _move(to_tray, 1.0)
+    if world.opening < 1.0:
+        return wait_open
+    to_block = world.blocks[target] - world.gripper
+    return np.array([0.0, 0.0, 1.0]) if np.linalg.norm(to_block) < _CLOSE_AT else _move(to_block, -1.0)
+
+
+def _move(offset: np.ndarray, grip: float) -> np.ndarray:
+    distance = float(np.linalg.norm(offset))
+    return np.array([*(offset * min(1.0, MAX_STEP / max(distance, 1e-9))), grip])
+
+
+def succeeded(world: World, plan: tuple[int, ...]) -> bool:
+    """Exactly the blocks of the plan are in the tray, in its order."""
+    return world.placed == plan
+
+
+def plan_world(rng: np.random.Generator) -> tuple[str, World, tuple[int, ...]]:
+    """An unseen task: (instruction, table with three blocks, the two to be placed in order). Only the image has the order."""
+    family = str(rng.choice(list(RELATIONS)))
+    phrase, direction = RELATIONS[family]
+    while True:
+        world = random_world(rng)
+        named = rng.permutation(len(world.colors))[:2]
+        along = world.blocks[named] @ direction
+        if abs(along[0] - along[1]) >= MARGIN:
+            break
+    first, second = (world.colors[i] for i in named)
+    task = f"put the {first} block and the {second} block in the tray{phrase}"
+    return task, world, tuple(int(named[i]) for i in np.argsort(along))
+
+
+def plan_episode(rng: np.random.Generator) -> Episode:
+    """A demonstration with a plan. It starts with a closed gripper that opens: that is when the first thought is due."""
+    task, world, plan = plan_world(rng)
+    worlds, actions = [world], []
+    opened_at, placed_at = [], []
+    for target in plan:
+        while target not in worlds[-1].placed:
+            if worlds[-1].opening == 1.0 and len(opened_at) == len(placed_at):
+                opened_at.append(len(worlds) - 1)
+            _advance(rng, worlds, actions, target)
+        placed_at.append(len(worlds) - 1)
+    actions.append(expert(worlds[-1], plan[-1]))
+    return Episode(task, tuple(worlds), np.array(actions, np.float32), plan, tuple(opened_at), tuple(placed_at))
+
+
+def _advance(rng: np.random.Generator, worlds: list[World], actions: list[np.ndarray], target: int) -> None:
+    """Appends the expert's action and the frame after it; the gripper does not quite do what it is told."""
+    actions.append(expert(worlds[-1], target))
+    noise = np.array([*rng.normal(0.0, ACTUATOR_NOISE, 2), 0.0]) * bool(actions[-1][:2].any())
+    worlds.append(step(worlds[-1], actions[-1] + noise))
+    if len(worlds) > _MAX_FRAMES:
+        raise RuntimeError(f"toy expert: expected to finish within {_MAX_FRAMES} frames, did not; world {worlds[0]}, target {target}")
+
+
+def base_episode(rng: np.random.Generator) -> Episode:
+    """A demonstration of one named sub-goal from anywhere: any opening, any block held, others in the tray already."""
+    world, target = base_world(rng)
+    color, others = world.colors[target], [c for i, c in enumerate(world.colors) if i != target]
+    task, other = subgoal(color), str(rng.choice(others))
+    task = (task, task, f"leave the {other} block and {task}", f"{task} and leave the {other} block")[rng.integers(4)]
+    worlds, actions = [world], []
+    while target not in worlds[-1].placed or worlds[-1].opening < 1.0:
+        _advance(rng, worlds, actions, target)
+    actions.append(expert(worlds[-1], target))
+    placed_at = next(t for t, seen in enumerate(worlds) if target in seen.placed)
+    return Episode(task, tuple(worlds), np.array(actions, np.float32), (target,), placed_at=(placed_at,))
+
+
+def base_world(rng: np.random.Generator) -> tuple[World, int]:
+    """A table in the middle of something, and the block to be placed."""
+    opening = float(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], p=[0.1, 0.06, 0.06, 0.06, 0.07, 0.65]))
+    world = random_world(rng, num_blocks=int(rng.integers(2, 5)), opening=opening)
+    target = int(rng.integers(len(world.colors)))
+    for other in range(len(world.colors)):
+        if other != target and rng.random() < 0.25:
+            world = _put_in_tray(world, other)
+    free = [i for i in range(len(world.colors)) if i not in world.placed]
+    held = {0: target, 1: target, 2: int(rng.choice(free))}.get(int(rng.integers(8)))
+    if held is not None:
+        blocks = world.blocks.copy()
+        blocks[held] = world.gripper
+        world = dataclasses.replace(world, held=held, opening=0.0, blocks=blocks)
+    return world, target
+
+
+def _put_in_tray(world: World, block: int) -> World:
+    """The same table after somebody moved one block."""
+    above = dataclasses.replace(world, gripper=world.tray, held=block)
+    return dataclasses.replace(step(above, np.array([0.0, 0.0, -1.0])), gripper=world.gripper, opening=world.opening)
+
+
+def frames(episode: Episode) -> EpisodeFrames:
+    """The episode as it is stored: both cameras, state and actions of every frame."""
+    views = [draw(world) for world in episode.worlds]
+    images = {column: np.stack([view[camera] for view in views]) for camera, column in COLUMNS.items()}
+    return EpisodeFrames(episode.task, images, np.stack([state(world) for world in episode.worlds]), episode.actions)
+
+
+def annotation(episode: Episode) -> dict[str, Any]:
+    """The episode's record in ``cot_simple.json``: think while the gripper opens, act in between, think at the end."""
+    plans = [subgoal(episode.worlds[0].colors[block]) for block in episode.plan]
+    contents = [initial_content(episode.task)]
+    contents += [with_instruction(episode.task, plan_thought(plans, done)) for done in range(len(plans) + 1)]
+    starts = (0, *episode.placed_at)
+    ends = (*episode.opened_at, -1)
+    segments = []
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        thought = plan_thought(plans, number)
+        segments.append(_segment(start, end, contents[number]) | {"updated_content": thought} | _full(contents[number + 1]))
+        if end != -1:
+            segments.append(_segment(end, starts[number + 1], contents[number + 1]))
+    return {"episode_start_interval": [0, episode.opened_at[0]], "segments": segments}
+
+
+def _full(content: str) -> dict[str, str]:
+    return {"updated_content_w_instruction": content}
+
+
+def _segment(start: int, end: int, content: str) -> dict[str, Any]:
+    return {
+        "start_step": start,
+        "end_step": end,
+        "reference_start_step": 0,
+        "reference_end_step": end if start == 0 else start,
+        "content": content,
+        "updated_content": None,
+    }
+
+
+def episodes(kind: Kind, count: int, seed: int) -> Iterator[Episode]:
+    """``count`` episodes; each has a random stream of its own, so episode i is the same whatever the count."""
+    make = {"plans": plan_episode, "base": base_episode}[kind]
+    return (make(np.random.default_rng((seed, index))) for index in range(count))
+
+
+def write_toy_set(root: str | os.PathLike[str], kind: Kind = "plans", count: int = 800, seed: int = 0) -> Path:
+    """Writes a toy set as a LeRobot v2.1 folder, with ``cot_simple.json`` for the plans; returns the folder.
+
+    Raises:
+        FileExistsError: ``root`` exists already and is not empty.
+    """
+    root = Path(root)
+    records: dict[str, Any] = {}
+
+    def stored(stream: Iterable[Episode]) -> Iterator[EpisodeFrames]:
+        for index, episode in enumerate(stream):
+            if kind == "plans":
+                records[str(index)] = annotation(episode)
+            yield frames(episode)
+
+    write_lerobot_v21(root, stored(episodes(kind, count, seed)), fps=FPS, robot_type="toy")
+    if records:
+        (root / "cot_simple.json").write_text(json.dumps(records), encoding="utf-8")
+    return root
+
+
+SYMBOLS: Final = (
+    "Instruction: ", " \nPlan:", " TBD", "\n What I have done:", "\nNow I need to do:", "put the", " put the",
+    " block in the tray", " block and the", " block and", *(phrase for phrase, _ in RELATIONS.values() if phrase),
+)  # fmt: skip
+"""Phrases that are one piece of the toy's tokenizer. Colours are words of their own."""
+
+
+def corpus() -> list[str]:
+    """Every kind of text that the toy world can produce, for training its tokenizer."""
+    names = list(COLORS)
+    pair = [subgoal(names[0]), subgoal(names[1])]
+    tasks = [f"put the {a} block and the {b} block in the tray{p}" for a in names for b in names for p, _ in RELATIONS.values()]
+    tasks += [f"leave the {c} block and {subgoal(c)}" for c in names] + [f"{subgoal(c)} and leave the {c} block" for c in names]
+    texts = [initial_content(task) for task in tasks] + [initial_content(task).strip() for task in tasks]
+    return texts + [with_instruction(pair[0], plan_thought(pair, done)) for done in range(3)]
