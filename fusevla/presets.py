@@ -54,6 +54,8 @@ class VisionConfig:
     num_heads: int
     patch_size: int = 14
     image_size: int = 224
+    float32_softmax: bool = True
+    """False reproduces openpi's tower, whose softmax runs in the compute dtype (no difference in float32)."""
 
     @property
     def num_tokens(self) -> int:

@@ -19,24 +19,26 @@ def attention(
     value: Float[Array, "b k m e"],
     mask: Bool[Array, "b q k"] | None,
     implementation: Implementation = "plain",
+    softmax_dtype: str = "float32",
 ) -> Float[Array, "b q n e"]:
     """Grouped-query attention on *already scaled* queries: logits and softmax in float32, probabilities in ``value``'s dtype.
 
     ``n`` query heads share ``m`` key/value heads. ``implementation`` is explicit, never a guess: "plain" is the readable
     einsum form; "xla" and "cudnn" are ``jax.nn.dot_product_attention``. cuDNN refuses head_dim 256 below sm_90 and, with a
-    mask, odd lengths in training; it raises on CPU.
+    mask, odd lengths in training; it raises on CPU. Another ``softmax_dtype`` than float32 exists to reproduce openpi's image
+    tower and always takes the plain form.
     """
-    if implementation == "plain":
-        return _plain(query, key, value, mask)
+    if implementation == "plain" or softmax_dtype != "float32":
+        return _plain(query, key, value, mask, softmax_dtype)
     full = None if mask is None else jnp.broadcast_to(mask[:, None], (mask.shape[0], query.shape[2], *mask.shape[1:]))
     with jax.numpy_dtype_promotion("standard"):  # jax.nn mixes dtypes inside; the strict mode is for our own code
         return jax.nn.dot_product_attention(query, key, value, mask=full, scale=1.0, implementation=implementation)
 
 
-def _plain(query: Array, key: Array, value: Array, mask: Array | None) -> jax.Array:
+def _plain(query: Array, key: Array, value: Array, mask: Array | None, softmax_dtype: str) -> jax.Array:
     grouped = rearrange(query, "b q (m g) e -> b q m g e", m=key.shape[2])
     logits = jnp.einsum("bqmge,bkme->bmgqk", grouped, key, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    weights = jax.nn.softmax(logits.astype(softmax_dtype), axis=-1).astype(value.dtype)
     return rearrange(jnp.einsum("bmgqk,bkme->bqmge", weights, value), "b q m g e -> b q (m g) e")

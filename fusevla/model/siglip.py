@@ -30,10 +30,10 @@ class SelfAttention(eqx.Module):
     value: Projection
     out: Projection
 
-    def __call__(self, x: Float[Array, "b s d"], implementation: Implementation) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], implementation: Implementation, softmax_dtype: str) -> Float[Array, "b s d"]:
         """Every token attends to every token of its image."""
         q, k, v = (part("bsd,dne->bsne", x) for part in (self.query, self.key, self.value))
-        return self.out("bsne,ned->bsd", attention(q * q.shape[-1] ** -0.5, k, v, None, implementation))
+        return self.out("bsne,ned->bsd", attention(q * q.shape[-1] ** -0.5, k, v, None, implementation, softmax_dtype))
 
 
 class Mlp(eqx.Module):
@@ -55,9 +55,9 @@ class VisionLayer(eqx.Module):
     norm2: LayerNorm
     mlp: Mlp
 
-    def __call__(self, x: Float[Array, "b s d"], implementation: Implementation) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], implementation: Implementation, softmax_dtype: str) -> Float[Array, "b s d"]:
         """Attention, then feed-forward, each with its residual."""
-        x = x + self.attn(self.norm1(x), implementation)
+        x = x + self.attn(self.norm1(x), implementation, softmax_dtype)
         return x + self.mlp(self.norm2(x))
 
 
@@ -71,7 +71,12 @@ class SigLIP(eqx.Module):
     head: Dense
 
     def __call__(
-        self, images: Float[Array, "b height width 3"], dtype: str, implementation: Implementation, remat: Remat
+        self,
+        images: Float[Array, "b height width 3"],
+        dtype: str,
+        implementation: Implementation,
+        remat: Remat,
+        softmax_dtype: str = "float32",
     ) -> Float[Array, "b s d_out"]:
         """Images are float32 in [-1, 1]; the result has the compute ``dtype``.
 
@@ -80,7 +85,7 @@ class SigLIP(eqx.Module):
         rows, columns = self.patch.kernel.shape[:2]
         patches = rearrange(images, "b (y r) (x c) i -> b (y x) r c i", r=rows, c=columns)
         x = (self.patch("bsrci,rcid->bsd", patches) + self.position.astype(jnp.float32)).astype(dtype)
-        block = checkpointed(lambda layer, x: layer(x, implementation), remat)
+        block = checkpointed(lambda layer, x: layer(x, implementation, softmax_dtype), remat)
         x, _ = jax.lax.scan(lambda x, layer: (block(layer, x), None), x, self.layers)
         return self.head(self.norm(x))
 
