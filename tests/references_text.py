@@ -39,7 +39,7 @@ def episode_record(
     head = f"Instruction: {task}. \n"
     contents = [f"{head}Plan: TBD.\n What I have done: TBD.\nNow I need to do: TBD.\n"]
     contents += [head + thought(done) for done in range(len(plans) + 1)]
-    segments = []
+    segments: list[dict[str, object]] = []
     for index in range(len(plans) + 1):
         start = 30 * index
         segments.append(
@@ -54,7 +54,12 @@ def episode_record(
             }
         )
         if index < len(plans):
-            act = {"start_step": start + 10, "end_step": start + 30, "reference_start_step": 0, "reference_end_step": start + 10}
+            act: dict[str, object] = {
+                "start_step": start + 10,
+                "end_step": start + 30,
+                "reference_start_step": 0,
+                "reference_end_step": start + 10,
+            }
             act |= {"content": contents[index + 1], "updated_content": None}
             if index and outdated:
                 act |= {

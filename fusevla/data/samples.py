@@ -7,7 +7,7 @@ Source: DESIGN section 5 ("Order of transforms").
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,7 @@ __all__ = ["FrameSet", "Sample", "SampleSource", "Stats", "prompt_sample", "stay
 Stats = Mapping[str, NormStats]
 
 
+@runtime_checkable
 class FrameSet(Protocol):
     """What this module needs of a set; ``fusevla.data.lerobot.LeRobotSet`` is one."""
 
@@ -45,19 +46,24 @@ class FrameSet(Protocol):
     @property
     def cameras(self) -> Mapping[str, str]:
         """Camera name -> column."""
+        ...
 
     @property
     def episodes(self) -> Sequence[Episode]:
         """Ascending by number."""
+        ...
 
     def episode_slice(self, i: int) -> slice:
         """Rows of the episode at position ``i``."""
+        ...
 
     def locate(self, row: int) -> tuple[int, int]:
         """(position of the episode, frame in it) of a row."""
+        ...
 
     def image(self, camera: str, row: int) -> UInt8[np.ndarray, "height width 3"] | None:
         """One frame; None where the set has none for this row."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

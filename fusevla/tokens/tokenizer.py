@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import SupportsInt
 
 import sentencepiece
 
@@ -74,17 +75,17 @@ class Tokenizer:
         ids = [i for piece in self._encode_raw(text) for i in (self._spell(piece) if piece in self._forbidden else (piece,))]
         return [self.ids.bos] * bos + ids + [self.ids.eos] * eos
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Text of ``ids``. Protocol, control and reserved ids, and ids beyond the model's pieces, contribute nothing.
 
         Raises:
             ValueError: a negative id.
         """
-        ids = [int(i) for i in ids]
-        if ids and min(ids) < 0:
-            raise ValueError(f"decode: expected ids >= 0, got {min(ids)}")
+        numbers = [int(i) for i in ids]
+        if numbers and min(numbers) < 0:
+            raise ValueError(f"decode: expected ids >= 0, got {min(numbers)}")
         pieces = self._model.get_piece_size()
-        return self._model.decode([i for i in ids if i < pieces and i not in self._not_text])
+        return self._model.decode([i for i in numbers if i < pieces and i not in self._not_text])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model as a ``.model`` file that ``load_tokenizer`` (and SentencePiece itself) reads."""
@@ -199,7 +200,8 @@ def train_tokenizer(
     if "" in symbols:
         raise ValueError(f"train_tokenizer: expected symbols of at least one character, got {list(symbols)}")
     # Ids follow this order, so it must not depend on a set's iteration order.
-    fixed = list(dict.fromkeys([*([f" {n}" for n in range(256)] if state_numbers else []), ";", " State:", *symbols]))
+    numbers = [f" {n}" for n in range(256)] if state_numbers else []
+    fixed: list[str] = list(dict.fromkeys([*numbers, ";", " State:", *symbols]))
     room = vocab_size - RESERVED_ROWS - _FIRST_TEXT_PIECE - len(fixed) - len(set("".join(corpus)))
     if room < 0:
         raise ValueError(

@@ -4,6 +4,7 @@ import copy
 import json
 import pathlib
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -162,11 +163,11 @@ def test_plan_thought_errors(plans, done):
         plan_thought(plans, done)
 
 
-def edited(*edits) -> dict:
+def edited(*edits):
     """A valid file with changes: (path, value) or (path,) to delete."""
     document = {"vision_language_episode_idx": [], "3": copy.deepcopy(RECORD)}
     for path, *value in edits:
-        target = document
+        target: Any = document
         for key in path[:-1]:
             target = target[key]
         if value:
@@ -179,7 +180,7 @@ def edited(*edits) -> dict:
 SEGMENTS = ("3", "segments")
 START = "(intervals are half-open)"
 FOREIGN = "no key of OneTwoVLA's schema, got one"
-IN_SEGMENTS = [
+IN_SEGMENTS: list[tuple[int, str, Any, str]] = [
     # segment, key, value, what the message expects
     (1, "start_step", True, "an integer >= 0, got True"),
     (1, "start_step", 9, "10, the end of segment 0 (no gap, no overlap), got 9"),
@@ -200,7 +201,9 @@ IN_SEGMENTS = [
     (0, "possible_contents", [], FOREIGN),
     (0, "user_answer_2", "", FOREIGN),
 ]
-DEFECTS = [((*SEGMENTS, n, key), value, f"episode 3: segment {n}: {key}: expected {rule}") for n, key, value, rule in IN_SEGMENTS]
+DEFECTS: list[tuple[tuple[Any, ...], Any, str]] = [
+    ((*SEGMENTS, n, key), value, f"episode 3: segment {n}: {key}: expected {rule}") for n, key, value, rule in IN_SEGMENTS
+]
 DEFECTS += [
     (("3", "episode_start_interval"), [4, 4], "episode 3: episode_start_interval: expected [start, end] with 0 <= start < end"),
     (
