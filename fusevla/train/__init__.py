@@ -1,0 +1,1 @@
+"""What changes the weights: freezing, the optimizer, one step, checkpoints and the loop around them."""
