@@ -5,6 +5,10 @@ Geometry: one bilinear resampling composed of crop, resize and rotation, as in o
 leaves saturation alone, shifts the hue and skips half of the images.
 """
 
+import functools
+import math
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +24,7 @@ def resize_with_pad_jax(
     images: UInt8[Array, "*batch h w 3"] | Float[Array, "*batch h w 3"], height: int, width: int
 ) -> UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"]:
     """Antialiased linear resize that keeps the aspect; pads with 0 (uint8) or -1 (float in [-1, 1], which is clipped)."""
-    top, left, inner_height, inner_width = padded_box(*images.shape[-3:-1], height, width)
+    top, left, inner_height, inner_width = padded_box(images.shape[-3], images.shape[-2], height, width)
     shape = (*images.shape[:-3], inner_height, inner_width, 3)
     resized = jax.image.resize(jnp.asarray(images, jnp.float32), shape, "linear", antialias=True)
     if images.dtype == jnp.uint8:
@@ -32,9 +36,7 @@ def resize_with_pad_jax(
     return jnp.pad(resized, padding, constant_values=fill)
 
 
-def augment(
-    images: dict[str, Float[Array, "b h w 3"]], key: Key, config: AugmentConfig
-) -> dict[str, Float[Array, "b h w 3"]]:
+def augment(images: Mapping[str, Float[Array, "b h w 3"]], key: Key, config: AugmentConfig) -> dict[str, Float[Array, "b h w 3"]]:
     """Augment a batch of float32 images in [-1, 1]; cameras with ``wrist`` in their name keep their geometry.
 
     Every sample has its own key, derived from ``key`` and its position; all cameras of a sample share the draws, so that
@@ -42,24 +44,40 @@ def augment(
     """
     batch = next(iter(images.values())).shape[0]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
-    return {name: jax.vmap(lambda image, k: _augment_one(image, k, config, "wrist" not in name))(x, keys) for name, x in images.items()}
+    one = functools.partial(_augment_one, config=config)
+    return {name: jax.vmap(functools.partial(one, geometry="wrist" not in name))(x, keys) for name, x in images.items()}
 
 
 def _augment_one(image: Float[Array, "h w 3"], key: Key, config: AugmentConfig, geometry: bool) -> Float[Array, "h w 3"]:
-    center_key, angle_key, *color_keys = jax.random.split(key, 5)
+    geometry_key, color_key = jax.random.split(key)
+    geometry = geometry and (config.crop < 1 or config.rotate_degrees > 0)
+    color = any((config.brightness, config.contrast, config.saturation))
+    if not geometry and not color:
+        return image
     image = image / 2 + 0.5
-    if geometry and (config.crop < 1 or config.rotate_degrees > 0):
-        size = np.array(image.shape[:2])
-        crop = (config.crop * size).astype(int)
-        center = jax.random.uniform(center_key, (2,), minval=-1.0, maxval=1.0) * ((size - crop) / 2).astype(np.float32)
-        limit = config.rotate_degrees * np.pi / 180
-        angle = jax.random.uniform(angle_key, (), minval=-limit, maxval=limit)
-        image = crop_rotate(image, center, angle, crop_size=(int(crop[0]), int(crop[1])))
-    limits = (config.brightness, config.contrast, config.saturation)
-    draws = [jax.random.uniform(k, (), minval=-limit, maxval=limit) for k, limit in zip(color_keys, limits, strict=True)]
-    if any(limits):
-        image = color_jitter(image, *draws)
+    if geometry:
+        image = _random_crop_rotate(image, geometry_key, config)
+    if color:
+        image = _random_color(image, color_key, config)
     return image * 2 - 1
+
+
+def _random_crop_rotate(image: Float[Array, "h w 3"], key: Key, config: AugmentConfig) -> Float[Array, "h w 3"]:
+    center_key, angle_key = jax.random.split(key)
+    height, width = image.shape[:2]
+    crop_height, crop_width = int(config.crop * height), int(config.crop * width)
+    reach = np.array([height - crop_height, width - crop_width], np.float32) / 2
+    center = jax.random.uniform(center_key, (2,), minval=-1.0, maxval=1.0) * reach
+    limit = math.radians(config.rotate_degrees)
+    angle = jax.random.uniform(angle_key, (), minval=-limit, maxval=limit)
+    return crop_rotate(image, center, angle, (crop_height, crop_width))
+
+
+def _random_color(image: Float[Array, "h w 3"], key: Key, config: AugmentConfig) -> Float[Array, "h w 3"]:
+    limits = (config.brightness, config.contrast, config.saturation)
+    keys = jax.random.split(key, 3)
+    draws = [jax.random.uniform(keys[i], (), minval=-limit, maxval=limit) for i, limit in enumerate(limits)]
+    return color_jitter(image, *draws)
 
 
 def crop_rotate(

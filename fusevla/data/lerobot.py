@@ -73,7 +73,7 @@ class LeRobotSet:
         return len(self.actions)
 
     def __repr__(self) -> str:
-        return f"LeRobotSet({str(self.root)!r}, {self.version}, {len(self.episodes)} episodes, {len(self)} frames, {self.cameras})"
+        return f"LeRobotSet({str(self.root)!r}, {self.version}, {len(self.episodes)} episodes, {len(self)} frames)"
 
     def episode_slice(self, i: int) -> slice:
         """The rows of episode ``i`` (a position in ``episodes``)."""
@@ -198,5 +198,5 @@ def _check_visual(meta: SetMeta, columns: Sequence[str], defects: Defects) -> No
     for column in columns:
         shape = meta.features[column]["shape"]
         if len(shape) != 3 or 3 not in (shape[0], shape[-1]):
-            defects.add("meta/info.json", f"camera column {column!r} must be [height, width, 3] or [3, height, width]; got {shape}.")
+            defects.add("meta/info.json", f"camera {column!r} must be [height, width, 3] or [3, height, width]; got {shape}.")
     defects.stop_if_any()

@@ -33,7 +33,14 @@ KNOWN = {
         "cam_left_wrist",
         "image2",
     ),
-    "right_wrist_0_rgb": ("image_wrist_2", "wrist_image_2", "wrist_image_right", "right_wrist_image", "right_wrist", "cam_right_wrist"),
+    "right_wrist_0_rgb": (
+        "image_wrist_2",
+        "wrist_image_2",
+        "wrist_image_right",
+        "right_wrist_image",
+        "right_wrist",
+        "cam_right_wrist",
+    ),
 }
 """Names seen in published sets, the most specific first; each also with a prefix from PREFIXES."""
 PREFIXES = ("", "observation.images.", "observation.image.", "observation.", "observation/", "images.")
@@ -56,4 +63,5 @@ def find_column(name: str, available: Collection[str], configured: Iterable[Sequ
         for prefix in PREFIXES:
             if prefix + candidate in available:
                 return prefix + candidate
-    raise ValueError(f"no column is recognised as {name!r}; the set has {sorted(available)}. Name it with columns=(({name!r}, COLUMN), ...).")
+    remedy = f"Name it with columns=(({name!r}, COLUMN), ...)."
+    raise ValueError(f"no column is recognised as {name!r}; the set has {sorted(available)}. {remedy}")

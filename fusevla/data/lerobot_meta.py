@@ -178,7 +178,7 @@ def _read_tasks(root: Path, version: str, defects: Defects) -> dict[int, str]:
     else:
         rows = _json_lines(root, "meta/tasks.jsonl", defects)
     for where, row in rows:
-        index = row.get("task_index")
+        index: Any = row.get("task_index")
         # v3.0 keeps the text in the frame's index: "task" or, unnamed, "__index_level_0__"
         task = row.get("task", row.get("__index_level_0__"))
         if not _is_index(index) or not isinstance(task, str) or not task.strip():
@@ -198,7 +198,9 @@ def _read_episodes(root: Path, info: Mapping[str, Any], defects: Defects) -> lis
     version3 = info["codebase_version"] == "v3.0"
     episodes: dict[int, EpisodeRecord] = {}
     for where, row in _episode_rows_v3(root, info, defects) if version3 else _json_lines(root, "meta/episodes.jsonl", defects):
-        index, length, tasks = row.get("episode_index"), row.get("length"), row.get("tasks", [])
+        index: Any = row.get("episode_index")
+        length: Any = row.get("length")
+        tasks = row.get("tasks", [])
         if not _is_index(index) or not _is_index(length) or length == 0:
             defects.add(where, f"needs an episode_index and a positive length; got {index!r} and {length!r}.")
         elif not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):

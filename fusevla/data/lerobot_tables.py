@@ -154,7 +154,8 @@ def _check_finite(where: str, values: Mapping[str, np.ndarray], defects: Defects
         bad = np.argwhere(~np.isfinite(part))
         if len(bad):
             row, dimension = bad[0]
-            defects.add(where, f"{name} has {len(bad)} values that are NaN or infinite, the first in frame {row}, dimension {dimension}.")
+            first = f"the first in frame {row}, dimension {dimension}"
+            defects.add(where, f"{name} has {len(bad)} values that are NaN or infinite, {first}.")
 
 
 def _check_counters(meta: SetMeta, where: str, counters: Mapping[str, np.ndarray], defects: Defects) -> None:

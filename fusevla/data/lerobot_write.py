@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +69,9 @@ def write_lerobot_v21(
     """
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root} exists already; a LeRobot set is only ever written to a new folder. Delete it or choose another.")
+        raise FileExistsError(
+            f"{root} exists already; a LeRobot set is only written to a new folder. Delete it or choose another."
+        )
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     try:
         _write_all(partial, episodes, fps, robot_type, image_format)
@@ -81,7 +83,9 @@ def write_lerobot_v21(
     return root
 
 
-def _write_all(root: Path, episodes: Iterable[EpisodeFrames], fps: int, robot_type: str, image_format: Literal["png", "jpeg"]) -> None:
+def _write_all(
+    root: Path, episodes: Iterable[EpisodeFrames], fps: int, robot_type: str, image_format: Literal["png", "jpeg"]
+) -> None:
     tasks: dict[str, int] = {}
     records: list[dict[str, Any]] = []
     stats: list[dict[str, Any]] = []
@@ -98,7 +102,7 @@ def _write_all(root: Path, episodes: Iterable[EpisodeFrames], fps: int, robot_ty
         columns = _columns(episode, index, start, task_index, fps)
         path = root / DATA_PATH.format(episode_chunk=index // CHUNK_SIZE, episode_index=index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(_table(encoded, columns, image_format), path, use_dictionary=list(columns))
+        pq.write_table(_table(encoded, columns, image_format), path, use_dictionary=cast(Any, list(columns)))
         records.append({"episode_index": index, "tasks": [episode.task], "length": length})
         stats.append({"episode_index": index, "stats": _episode_stats(encoded, columns)})
         start += length
@@ -120,7 +124,7 @@ def _check_episode(episode: EpisodeFrames, index: int) -> int:
         raise ValueError(f"Episode {index} needs the same number of frames (at least one) everywhere; got {lengths}.")
     for name, values in (("state", episode.state), ("actions", episode.actions)):
         if values.ndim != 2 or not np.isfinite(values).all():
-            raise ValueError(f"{name} of episode {index} must be finite and [frames, dimensions]; got shape {list(values.shape)}.")
+            raise ValueError(f"{name} of episode {index} must be finite, [frames, dimensions]; got shape {list(values.shape)}.")
     if not episode.task.strip():
         raise ValueError(f"Episode {index} has an empty task; LeRobot needs an instruction.")
     return length
@@ -148,7 +152,7 @@ def _columns(episode: EpisodeFrames, index: int, start: int, task_index: int, fp
     """Every column that is not an image, [T] or [T, dimensions]."""
     length = len(episode.actions)
     frame = np.arange(length)
-    values = {
+    values: dict[str, np.ndarray] = {
         "state": np.asarray(episode.state, np.float32),
         "actions": np.asarray(episode.actions, np.float32),
         "timestamp": frame / fps,
@@ -197,7 +201,9 @@ def _moments(values: np.ndarray, axis: tuple[int, ...], count: int) -> dict[str,
     return {name: getattr(values, name)(axis=axis).tolist() for name in names} | {"count": [count]}
 
 
-def _info(features: dict[str, Any], records: Sequence[Mapping[str, Any]], tasks: int, fps: int, robot_type: str) -> dict[str, Any]:
+def _info(
+    features: dict[str, Any], records: Sequence[Mapping[str, Any]], tasks: int, fps: int, robot_type: str
+) -> dict[str, Any]:
     return {
         "codebase_version": "v2.1",
         "robot_type": robot_type,

@@ -20,11 +20,13 @@ B = TypeVar("B")
 
 
 class Source(Protocol[S_co]):
-    """Random access to samples: picklable, pure in (row, epoch), ``0 <= row < len(source)``."""
+    """Random access to samples: picklable, pure in (row, epoch, seed), ``0 <= row < len(source)``."""
 
     def __len__(self) -> int: ...
 
-    def __call__(self, row: int, epoch: int) -> S_co: ...
+    def __call__(self, row: int, epoch: int, seed: int) -> S_co:
+        """The sample at ``row`` as it is drawn in ``epoch`` of the run with ``seed``."""
+        ...
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,7 +42,7 @@ def global_order(position: int, size: int, seed: int, shuffle: bool = True) -> t
 
 @dataclasses.dataclass(frozen=True)
 class _Stream(Generic[S]):
-    """This host's samples from ``start_step`` on, as grain's random-access source: element k is sample k of this loader."""
+    """This host's samples from ``start_step`` on, as grain's random-access source: element k is its k-th sample."""
 
     source: Source[S]
     local_batch: int
@@ -54,10 +56,10 @@ class _Stream(Generic[S]):
     def __len__(self) -> int:
         return self.steps * self.local_batch
 
-    def __getitem__(self, k: int) -> S:
-        step, offset = divmod(k, self.local_batch)
+    def __getitem__(self, index: int) -> S:
+        step, offset = divmod(index, self.local_batch)
         position = (self.start_step + step) * self.batch_size + self.shard_index * self.local_batch + offset
-        return self.source(*global_order(position, len(self.source), self.seed, self.shuffle))
+        return self.source(*global_order(position, len(self.source), self.seed, self.shuffle), self.seed)
 
 
 class Loader(Iterator[B]):

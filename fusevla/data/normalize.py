@@ -79,7 +79,7 @@ def normalize(
     """
     dims = x.shape[-1]
     if dims > len(stats.mean):
-        raise ValueError(f"Statistics of {len(stats.mean)} dimensions cannot normalise an array of {dims} (shape {list(x.shape)}).")
+        raise ValueError(f"Statistics of {len(stats.mean)} dimensions cannot normalise an array {list(x.shape)}.")
     low, high = (bound[:dims] for bound in _bounds(stats, method))
     if method == "quantile":
         y = (x - low) / (high - low + EPSILON) * 2 - 1

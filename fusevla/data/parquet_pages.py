@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 __all__ = ["ByteColumn", "PageCache", "UnsupportedPageError"]
@@ -117,9 +118,10 @@ class ByteColumn:
         key = (self._path, self._leaf, group, "arrow")
         values = self._cache.get(key)
         if values is None:
-            column = pq.ParquetFile(self._path).read_row_group(group, columns=[self._leaf], use_threads=False).column(0).combine_chunks()
+            table = pq.ParquetFile(self._path).read_row_group(group, columns=[self._leaf], use_threads=False)
+            column = table.column(0).combine_chunks()
             for name in self._leaf.split(".")[1:]:
-                column = pa.compute.struct_field(column, name)
+                column = pc.struct_field(column, name)
             values = column.to_pylist()
             self._cache.put(key, values, sum(len(value or b"") for value in values))
         return values

@@ -24,7 +24,7 @@ def resize_with_pad(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) 
         raise ValueError(f"An image must be uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}.")
     if image.shape[:2] == (height, width):
         return image
-    top, left, inner_height, inner_width = padded_box(*image.shape[:2], height, width)
+    top, left, inner_height, inner_width = padded_box(image.shape[0], image.shape[1], height, width)
     resized = np.asarray(Image.fromarray(image).resize((inner_width, inner_height), Image.Resampling.BILINEAR))
     if resized.shape[:2] == (height, width):
         return resized
@@ -50,5 +50,5 @@ def pad_dim(x: Float[np.ndarray, "*batch a"], dim: int) -> Float[np.ndarray, "*b
     """Zeros appended on the last axis up to ``dim``. ValueError when there are more dimensions already."""
     missing = dim - x.shape[-1]
     if missing < 0:
-        raise ValueError(f"An array with {x.shape[-1]} dimensions does not fit into {dim}; raise action_dim (shape {list(x.shape)}).")
+        raise ValueError(f"An array {list(x.shape)} does not fit into {dim} dimensions; raise action_dim to {x.shape[-1]}.")
     return np.concatenate([x, np.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1) if missing else x

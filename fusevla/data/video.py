@@ -1,5 +1,6 @@
 """Single frames of a video file, through PyAV. Imported only when a set keeps its images as video."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ def read_frame(path: Path, timestamp: float, fps: float) -> np.ndarray:
 
 def _import_av() -> Any:
     try:
-        import av
+        return importlib.import_module("av")
     except ImportError as error:
-        raise ImportError("This set keeps its images as video; reading them needs PyAV: pip install av (or fusevla[lerobot]).") from error
-    return av
+        raise ImportError("This set keeps its images as video; that needs PyAV: pip install av (or fusevla[lerobot]).") from error

@@ -1,0 +1,160 @@
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusevla.data.loader import Loader, global_order, make_loader
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """A source whose samples say what was asked for, and in which process they were made."""
+
+    size: int
+    bad: int = -1
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __call__(self, row: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
+        if row == self.bad:
+            raise ValueError(f"row {row} is damaged")
+        noise = np.random.default_rng([row, epoch, seed]).normal(size=3)
+        return {"row": np.array([row, epoch, seed]), "noise": noise, "process": np.array(os.getpid())}
+
+
+def stack(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def take(loader: Loader[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:
+    with loader:
+        return list(itertools.islice(loader, count))
+
+
+def assert_same(left: Sequence[dict[str, np.ndarray]], right: Sequence[dict[str, np.ndarray]]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a["row"], b["row"])
+        np.testing.assert_array_equal(a["noise"], b["noise"])
+
+
+def rows(batches: Sequence[dict[str, np.ndarray]]) -> list[tuple[int, int]]:
+    return [(int(row), int(epoch)) for batch in batches for row, epoch, _ in batch["row"]]
+
+
+def test_every_epoch_visits_every_row_once_in_another_order() -> None:
+    batches = take(make_loader(Numbers(10), stack, batch_size=4, seed=7), 10)
+    order = rows(batches)
+    epochs = [[row for row, epoch in order if epoch == e] for e in range(4)]
+    assert [epoch for _, epoch in order] == sorted(epoch for _, epoch in order)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert {int(seed) for batch in batches for seed in batch["row"][:, 2]} == {7}
+
+
+def test_seed_decides_the_order() -> None:
+    first, second, third = (take(make_loader(Numbers(50), stack, batch_size=8, seed=seed), 6) for seed in (0, 0, 1))
+    assert_same(first, second)
+    assert rows(first) != rows(third)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int) -> None:
+    expected = take(make_loader(Numbers(11), stack, batch_size=3, seed=5, start_step=2), 9)
+    batches = take(make_loader(Numbers(11), stack, batch_size=3, seed=5, start_step=2, workers=workers), 9)
+    assert_same(expected, batches)
+    makers = {int(process) for batch in batches for process in batch["process"]}
+    assert len(makers) == workers
+    assert os.getpid() not in makers
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.integers(1, 40), batch=st.integers(1, 9), start=st.integers(0, 60), seed=st.integers(0, 2**31))
+def test_resume_from_the_step_alone(size: int, batch: int, start: int, seed: int) -> None:
+    def made(first: int, count: int) -> list[dict[str, np.ndarray]]:
+        return take(make_loader(Numbers(size), stack, batch_size=batch, seed=seed, start_step=first), count)
+
+    assert_same(made(0, start + 3)[start:], made(start, 3))
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.integers(1, 40), hosts=st.sampled_from([1, 2, 4]), local=st.integers(1, 3), start=st.integers(0, 30))
+def test_hosts_share_each_batch(size: int, hosts: int, local: int, start: int) -> None:
+    batch = hosts * local
+    whole = take(make_loader(Numbers(size), stack, batch_size=batch, seed=1, start_step=start), 4)
+    parts = [
+        take(make_loader(Numbers(size), stack, batch_size=batch, seed=1, start_step=start, shard_index=i, shard_count=hosts), 4)
+        for i in range(hosts)
+    ]
+    for step in range(4):
+        joined = {name: np.concatenate([part[step][name] for part in parts]) for name in ("row", "noise")}
+        assert_same([whole[step]], [joined])
+
+
+@given(st.integers(1, 300), st.integers(0, 1000), st.integers(0, 2**40))
+def test_global_order_is_a_permutation_of_each_epoch(size: int, seed: int, epoch: int) -> None:
+    visited = [global_order(epoch * size + i, size, seed) for i in range(size)]
+    assert sorted(row for row, _ in visited) == list(range(size))
+    assert {e for _, e in visited} == {epoch}
+
+
+def test_in_order_and_finite() -> None:
+    batches = list(make_loader(Numbers(6), stack, batch_size=2, seed=0, shuffle=False, steps=4))
+    assert rows(batches) == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (0, 1), (1, 1)]
+
+
+def test_a_run_far_into_its_training_starts_at_once() -> None:
+    far = take(make_loader(Numbers(678_000), stack, batch_size=256, seed=0, start_step=3_000_000), 1)
+    assert far[0]["row"][0, 1] == 3_000_000 * 256 // 678_000
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_source_raises_comes_out(workers: int) -> None:
+    with (
+        make_loader(Numbers(4, bad=2), stack, batch_size=4, seed=0, workers=workers) as loader,
+        pytest.raises(Exception, match="row 2 is damaged"),
+    ):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": Numbers(0)}, "empty"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 3, "shard_count": 2}, "multiple of the number of hosts"),
+        ({"shard_index": 1}, "shard_index"),
+        ({"start_step": -1}, "start_step"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
+    arguments = {"source": Numbers(4), "collate": stack, "batch_size": 2, "seed": 0} | change
+    with pytest.raises(ValueError, match=message):
+        make_loader(**arguments)
+
+
+def test_closing_twice_is_fine() -> None:
+    loader = make_loader(Numbers(4), stack, batch_size=2, seed=0)
+    next(loader)
+    loader.close()
+    loader.close()
+
+
+def test_loading_does_not_import_torch() -> None:
+    code = """
+import sys
+from tests.data.test_loader import Numbers, make_loader, stack
+next(make_loader(Numbers(4), stack, batch_size=2, seed=0))
+assert not {"torch", "tensorflow", "lerobot"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
