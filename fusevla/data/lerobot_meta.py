@@ -210,7 +210,7 @@ def _read_episodes(root: Path, info: Mapping[str, Any], defects: Defects) -> lis
         else:
             try:
                 path, videos = (_paths_v3 if version3 else _paths_v2)(root, info, index, row)
-            except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
                 defects.add(where, f"no file follows from the path templates of info.json for episode {index} ({error!r}).")
                 continue
             episodes[index] = EpisodeRecord(index, length, tasks[0] if len(tasks) == 1 else None, path, videos)

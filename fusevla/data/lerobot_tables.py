@@ -101,7 +101,8 @@ def column_matrix(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray:
         raise ValueError(f"numbers expected, got {array.type}")
     if len(array) != rows * width:
         raise ValueError(f"{width} numbers per row expected (info.json: shape {list(shape)}), got {len(array) / max(rows, 1):g}")
-    return array.to_numpy(zero_copy_only=False).astype(np.float32).reshape(rows, width)
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is reported as such
+        return array.to_numpy(zero_copy_only=False).astype(np.float32).reshape(rows, width)
 
 
 def _counter(column: pa.ChunkedArray) -> np.ndarray:
@@ -109,8 +110,8 @@ def _counter(column: pa.ChunkedArray) -> np.ndarray:
     array = column.combine_chunks()
     if pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
-    if array.null_count or len(array) != len(column):
-        raise ValueError("a bookkeeping column has nulls or more than one number per row")
+    if array.null_count or len(array) != len(column) or not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+        raise ValueError(f"a bookkeeping column needs one number per row, got {array.type} with {array.null_count} nulls")
     return array.to_numpy(zero_copy_only=False)
 
 

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +360,51 @@ def test_damaged_bytes_give_a_clear_error_or_a_correct_set(
             loaded.image("base_0_rgb", row)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 1 << 70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def paths_in(node: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [here] * bool(here) + [path for key, child in children for path in paths_in(child, (*here, key))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from(["info.json", "episodes.jsonl", "tasks.jsonl"]),
+    which=st.integers(0, 1000),
+    value=JSON,
+    drop=st.booleans(),
+)
+def test_lies_in_the_meta_folder_give_a_clear_error_or_the_same_numbers(name: str, which: int, value: Any, drop: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = sets.write(Path(folder) / "set", (3, 4))
+        path = root / "meta" / name
+        document = (
+            [json.loads(line) for line in path.read_text().splitlines()] if name != "info.json" else json.loads(path.read_text())
+        )
+        places = paths_in(document)
+        *parents, last = places[which % len(places)]
+        node = document
+        for key in parents:
+            node = node[key]
+        if drop:
+            del node[last]
+        else:
+            node[last] = value
+        path.write_text(json.dumps(document) if name == "info.json" else "\n".join(map(json.dumps, document)))
+        try:
+            loaded = open_set(root)
+        except LeRobotError:
+            return
+        written = sets.episodes((3, 4))
+        for i, episode in enumerate(loaded.episodes):
+            np.testing.assert_array_equal(loaded.actions[loaded.episode_slice(i)], written[episode.index].actions)
+
+
 # Pages
 
 
@@ -410,9 +455,21 @@ def test_page_cache_is_bounded() -> None:
 # Video
 
 
-def as_video(root: Path, lengths: tuple[int, ...]) -> None:
-    """Move the camera ``image`` of a v2.1 set into one lossless video per episode."""
+def write_video(path: Path, images: Iterable[np.ndarray]) -> None:
+    """A lossless video at 10 frames per second with a key frame every 3."""
     av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=10, options={"crf": "0", "g": "3"})
+        stream.width = stream.height = 16
+        stream.pix_fmt = "rgb24"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def as_video(root: Path, lengths: tuple[int, ...]) -> None:
+    """Move the camera ``image`` of a v2.1 set into one video per episode."""
     info = json.loads((root / "meta/info.json").read_text())
     info["features"]["image"]["dtype"] = "video"
     sets.edit_info(
@@ -420,15 +477,7 @@ def as_video(root: Path, lengths: tuple[int, ...]) -> None:
     )
     for i, episode in enumerate(sets.episodes(lengths)):
         sets.edit_table(sets.episode_file(root, i), image=None)
-        path = root / f"videos/chunk-000/image/episode_{i:06d}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264rgb", rate=10, options={"crf": "0", "g": "3"})
-            stream.width = stream.height = 16
-            stream.pix_fmt = "rgb24"
-            for image in episode.images["image"]:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
-            container.mux(stream.encode())
+        write_video(root / f"videos/chunk-000/image/episode_{i:06d}.mp4", np.asarray(episode.images["image"]))
 
 
 def test_video_columns(root: Path) -> None:
@@ -437,6 +486,28 @@ def test_video_columns(root: Path) -> None:
     (root / "videos/chunk-000/image/episode_000001.mp4").unlink()
     with pytest.raises(LeRobotError, match=r"episode_000001.mp4: is missing \(video of episode 1, image\)"):
         open_set(root)
+
+
+def test_video_shared_by_episodes(root: Path, tmp_path: Path) -> None:
+    """v3.0: one file for all episodes, each from its own timestamp on."""
+    v30 = sets.as_v30(root, tmp_path / "v30")
+    info = json.loads((v30 / "meta/info.json").read_text())
+    info["features"]["image"] |= {"dtype": "video", "shape": [3, 16, 16]}
+    template = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    sets.edit_info(v30, features=info["features"], video_path=template)
+    sets.edit_table(v30 / "data/chunk-000/file-000.parquet", image=None)
+    path = v30 / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        place = {"chunk_index": 0, "file_index": 0, "from_timestamp": row["dataset_from_index"] / 10}
+        row |= {f"videos/image/{key}": value for key, value in place.items()}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    frames = [image for episode in sets.episodes() for image in np.asarray(episode.images["image"])]
+    write_video(v30 / "videos/image/chunk-000/file-000.mp4", frames)
+    check_content(open_set(v30), sets.episodes())
+    write_video(v30 / "videos/image/chunk-000/file-000.mp4", frames[:9])
+    with pytest.raises(LeRobotError, match=r"file-000.mp4: image of episode 1, frame 6 .*the nearest is 0.8 s"):
+        open_set(v30).image("base_0_rgb", 11)
 
 
 def test_video_without_a_decoder_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
