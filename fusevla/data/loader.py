@@ -7,6 +7,7 @@ their parts are disjoint, together complete, and the training does not depend on
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -73,8 +74,11 @@ class Loader(Iterator[B]):
 
     def close(self) -> None:
         """Stop worker processes and threads. May be called twice."""
-        if hasattr(self._iterator, "close"):
-            self._iterator.close()
+        iterator, self._iterator = self._iterator, iter(())
+        if hasattr(iterator, "close"):
+            iterator.close()
+        del iterator
+        gc.collect()  # grain's iterators refer to themselves, and complain when they outlive their modules at exit
 
     def __enter__(self) -> "Loader[B]":
         return self

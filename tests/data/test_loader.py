@@ -148,6 +148,7 @@ def test_closing_twice_is_fine() -> None:
     next(loader)
     loader.close()
     loader.close()
+    assert list(loader) == []
 
 
 def test_loading_does_not_import_torch() -> None:
@@ -158,3 +159,13 @@ next(make_loader(Numbers(4), stack, batch_size=2, seed=0))
 assert not {"torch", "tensorflow", "lerobot"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_closed_loader_leaves_quietly() -> None:
+    code = """
+from tests.data.test_loader import Numbers, make_loader, stack
+with make_loader(Numbers(4), stack, batch_size=2, seed=0) as loader:
+    next(loader)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stderr == ""
