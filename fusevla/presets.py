@@ -178,6 +178,19 @@ TINY = ModelConfig(
 )
 """The same architecture for a laptop; its vocabulary follows the tokenizer."""
 
+TOY_MODEL = ModelConfig(
+    vision=VisionConfig(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=12, image_size=60),
+    language=ExpertConfig(width=96, depth=4, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=32, lora=LoraConfig(32, 32.0)),
+    action=ExpertConfig(width=64, depth=4, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=32, lora=LoraConfig(16, 16.0)),
+    vocab_size=718,
+    action_dim=3,
+    action_horizon=8,
+    dtype="float32",
+    attention="plain",
+    remat="none",
+)
+"""The toy base's sizes: a cell of its table per vision patch, its own tokenizer, its real number of action dimensions."""
+
 
 def _libero(name: str, steps: int, warmup_steps: int) -> Preset:
     schedule = ScheduleConfig(peak=5e-5, end=5e-6, warmup_steps=warmup_steps, decay_steps=steps)

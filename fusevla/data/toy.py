@@ -17,7 +17,9 @@ import numpy as np
 from fusevla.arrays import Float
 from fusevla.data.annotations import initial_content, plan_thought, with_instruction
 from fusevla.data.lerobot import EpisodeFrames, write_lerobot_v21
-from fusevla.data.toy_world import COLORS, MAX_STEP, World, draw, over_tray, random_world, state, step
+from fusevla.data.normalize import NormStats, save_norm_stats
+from fusevla.data.toy_world import COLORS, MAX_STEP, REACH, TABLE, World, draw, over_tray, random_world, state, step
+from fusevla.tokens.tokenizer import Tokenizer, train_tokenizer
 
 Family = Literal["left", "right", "top", "bottom", "open"]
 Kind = Literal["plans", "base"]
@@ -150,15 +152,16 @@ def base_episode(rng: np.random.Generator) -> Episode:
 
 def base_world(rng: np.random.Generator) -> tuple[World, int]:
     """A table in the middle of something, and the block to be placed."""
-    opening = float(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], p=[0.1, 0.06, 0.06, 0.06, 0.07, 0.65]))
+    opening = float(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], p=[0.05, 0.05, 0.05, 0.05, 0.05, 0.75]))
     world = random_world(rng, num_blocks=int(rng.integers(2, 5)), opening=opening)
     target = int(rng.integers(len(world.colors)))
     for other in range(len(world.colors)):
         if other != target and rng.random() < 0.25:
             world = _put_in_tray(world, other)
     free = [i for i in range(len(world.colors)) if i not in world.placed]
-    held = {0: target, 1: target, 2: int(rng.choice(free))}.get(int(rng.integers(8)))
-    if held is not None:
+    held = {0: target, 1: int(rng.choice(free))}.get(int(rng.integers(8)))
+    crowded = np.linalg.norm(world.blocks - world.gripper, axis=-1).min() < 2 * REACH
+    if held is not None and (held == target or not crowded):  # a wrong block put down on another could not be told from it
         blocks = world.blocks.copy()
         blocks[held] = world.gripper
         world = dataclasses.replace(world, held=held, opening=0.0, blocks=blocks)
@@ -231,9 +234,23 @@ def write_toy_set(root: str | os.PathLike[str], kind: Kind = "plans", count: int
             yield frames(episode)
 
     write_lerobot_v21(root, stored(episodes(kind, count, seed)), fps=FPS, robot_type="toy")
+    save_norm_stats(root, norm_stats())
     if records:
         (root / "cot_simple.json").write_text(json.dumps(records), encoding="utf-8")
     return root
+
+
+def norm_stats() -> dict[str, NormStats]:
+    """What state and actions are normalised with: the world's own ranges, so that base and fine-tuning share them."""
+    low, high = {"state": (0.0, 0.0, 0.0), "actions": (-MAX_STEP, -MAX_STEP, -1.0)}, {
+        "state": (TABLE, TABLE, 1.0),
+        "actions": (MAX_STEP, MAX_STEP, 1.0),
+    }
+    return {key: _range_stats(np.array(low[key]), np.array(high[key], float)) for key in low}
+
+
+def _range_stats(low: np.ndarray, high: np.ndarray) -> NormStats:
+    return NormStats((low + high) / 2, (high - low) / 2, low, high)
 
 
 SYMBOLS: Final = (
@@ -251,3 +268,8 @@ def corpus() -> list[str]:
     tasks += [f"leave the {c} block and {subgoal(c)}" for c in names] + [f"{subgoal(c)} and leave the {c} block" for c in names]
     texts = [initial_content(task) for task in tasks] + [initial_content(task).strip() for task in tasks]
     return texts + [with_instruction(pair[0], plan_thought(pair, done)) for done in range(3)]
+
+
+def toy_tokenizer() -> Tokenizer:
+    """The toy's SentencePiece model, made anew (the same bytes every time)."""
+    return train_tokenizer(corpus(), symbols=SYMBOLS, join_newlines=False)
