@@ -85,8 +85,9 @@ def test_compiled_ahead_equals_plain_and_other_lengths_are_refused() -> None:
     batches = [random_batch(1, length=12), random_batch(2, length=16)]
     state, frozen, metrics = run(config, batches)
     plain, _, _ = fresh(config)
+    once = jax.jit(functools.partial(train_step, config=config))
     for batch, expected in zip(batches, metrics, strict=True):
-        plain, got = train_step(plain, frozen, jax.tree.map(jnp.asarray, batch), config=config)
+        plain, got = once(plain, frozen, jax.tree.map(jnp.asarray, batch))
         np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-5)
     assert int(state.step) == 2
     steps = CompiledSteps(config, make_mesh(jax.devices()[:1]))

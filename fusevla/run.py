@@ -1,0 +1,318 @@
+"""A training run from its request to its summary: new, or continued from its latest checkpoint."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+
+from fusevla.arrays import Batch
+from fusevla.data.batch import collate
+from fusevla.data.lerobot_meta import LeRobotError
+from fusevla.data.loader import Loader, make_loader
+from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
+from fusevla.evaluate.report import plot_batch, plot_losses
+from fusevla.model import fetch
+from fusevla.model.fuse import Pi0Fuse
+from fusevla.presets import Preset
+from fusevla.train.checkpoint import BaseWeights, CheckpointError, Checkpoints, RunInfo, read_info, restore_state, save_frozen
+from fusevla.train.freeze import FreezeError, count_parameters
+from fusevla.train.job import (
+    Material,
+    abstract_trainable,
+    base_of,
+    make_model,
+    prepare,
+    restore_frozen,
+    run_info,
+    training_key,
+)
+from fusevla.train.loop import JsonLines, NonFiniteError, Timing, fit, read_rows
+from fusevla.train.optim import make_optimizer
+from fusevla.train.request import Request, RequestError, Resolved, conflicts, continued
+from fusevla.train.sharding import check_batch_size, make_mesh, replicated
+from fusevla.train.state import TrainState, evaluation_leaves, init_state, step_key
+from fusevla.train.step import CompiledSteps, augment_batch
+
+EXPECTED = (RequestError, CheckpointError, fetch.CheckpointError, LeRobotError, FreezeError, NonFiniteError, FileNotFoundError)
+"""Errors whose message says what is wrong and what to do: a script prints it without a traceback."""
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What does not change the trained weights."""
+
+    eval_samples: int = 64
+    """Held-out samples of each kind; 0 for no held-out figures."""
+    validate_every: int | None = None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    """When the process began, for the wall time."""
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run consists of, ready to ``execute``."""
+
+    out: Path
+    material: Material
+    base: BaseWeights
+    mesh: Mesh
+    state: TrainState
+    frozen: Pi0Fuse
+    options: Options
+    console: Console = dataclasses.field(default_factory=Console)
+
+    @property
+    def preset(self) -> Preset:
+        """As resolved for this run."""
+        return self.material.preset
+
+    def execute(self) -> dict[str, Any]:
+        """Trains, evaluates, draws the pictures, writes and returns the summary."""
+        start = int(self.state.step)
+        steps = CompiledSteps(self.preset.train, self.mesh, self.preset.data.mask_padded_actions)
+        evaluator = self._evaluator()
+        self._say(self._introduction(start))
+        validation = JsonLines(self.out / "validation.jsonl", start)
+        log = JsonLines(self.out / "metrics.jsonl", start)
+        validate = self._validator(evaluator, validation)
+        with contextlib.closing(validation), contextlib.closing(log):
+            if start == 0:
+                validate(self.state, 0)
+            timing = self._fit(steps, log, validate, start)
+            final = self._final(evaluator, validation, start)
+        summary = self._summary(steps, timing, final, start)
+        self._report(summary)
+        return summary
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _introduction(self, start: int) -> str:
+        trains, rests = count_parameters(self.state.trainable), count_parameters(self.frozen)
+        held_out = 0 if self.material.held_out is None else len(self.material.held_out)
+        resumed = f"resuming at step {start}\n" if start else ""
+        return (
+            f"{resumed}parameters: {trains:,} trainable (float32), {rests:,} frozen (bfloat16)\n"
+            f"training frames: {len(self.material.training):,}; held-out frames: {held_out:,}\n{self.material.training.report}\n"
+            f"devices: {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+        )
+
+    def _loader(self, start: int) -> Loader[Batch]:
+        train, data = self.preset.train, self.preset.data
+        return make_loader(
+            self.material.training,
+            lambda samples: collate(samples, data.text_buckets),
+            batch_size=train.batch_size,
+            seed=train.seed,
+            start_step=start,
+            workers=data.workers,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+
+    def _fit(self, steps: CompiledSteps, log: JsonLines, validate: Callable[[TrainState, int], None], start: int) -> Timing:
+        train = self.preset.train
+        if start >= train.steps:
+            return Timing(0, 0.0, 0.0)
+        info = run_info(self.material, self.base, versions())
+        checkpoints = Checkpoints(self.out / "checkpoints", train.keep_checkpoints, info)
+        with self._loader(start) as loader, contextlib.closing(checkpoints):
+            batches = self._compile(steps, loader)
+            self.state, timing = fit(
+                self.state,
+                self.frozen,
+                steps,
+                batches,
+                self.mesh,
+                train,
+                checkpoints=checkpoints,
+                log=log,
+                console=self.console,
+                validate=validate,
+                validate_every=self.options.validate_every,
+            )
+        return timing
+
+    def _compile(self, steps: CompiledSteps, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Compiles every bucket by the shapes of the first batch, which is drawn as the model will see it."""
+        first = next(batches)
+        picture = self.out / "batch.png"
+        if not picture.exists():
+            key = jax.random.split(step_key(self.state))[0]
+            seen = jax.device_get(jax.jit(augment_batch, static_argnums=2)(first, key, self.preset.train.augment))
+            plot_batch(seen, self.material.tokenizer, picture)
+        steps.compile(self.state, self.frozen, first, self.preset.data.text_buckets)
+        times = ", ".join(f"{length} ({seconds:.1f} s)" for length, seconds in steps.seconds.items())
+        self._say(f"compiled the step for text buckets: {times}; nothing is compiled later")
+        return itertools.chain([first], batches)
+
+    def _evaluator(self) -> Evaluator | None:
+        if self.material.held_out is None or not self.options.eval_samples:
+            return None
+        return Evaluator(
+            pick_held_out(self.material.held_out, self.options.eval_samples),
+            self.material.tokenizer,
+            self.mesh,
+            text_buckets=sorted({*self.preset.data.text_buckets, self.material.held_out.max_len}),
+            mean_action=training_mean(self.material.training),
+            num_steps=self.preset.num_steps,
+        )
+
+    def _validator(self, evaluator: Evaluator | None, log: JsonLines) -> Callable[[TrainState, int], None]:
+        def validate(state: TrainState, step: int) -> None:
+            if evaluator is not None:
+                figures = evaluator.losses(evaluation_leaves(state), self.frozen)
+                log.write({"step": step, **figures})
+                self._say(f"held out, step {step}: {format_figures(figures)}")
+
+        return validate
+
+    def _final(self, evaluator: Evaluator | None, log: JsonLines, start: int) -> Figures:
+        if evaluator is None:
+            return {}
+        self._say("evaluating on held-out episodes: thoughts decoded greedily, actions sampled ...")
+        figures = evaluator.all_figures(evaluation_leaves(self.state), self.frozen)
+        if start < self.preset.train.steps:
+            log.write({"step": self.preset.train.steps, **figures})
+        return figures
+
+    def _summary(self, steps: CompiledSteps, timing: Timing, final: Figures, start: int) -> dict[str, Any]:
+        rows, held_out = read_rows(self.out / "metrics.jsonl"), read_rows(self.out / "validation.jsonl")
+        first, last = (rows[0], rows[-1]) if rows else ({}, {})
+        losses = ("loss", "text_loss", "action_loss")
+        summary = {
+            "preset": self.preset.name,
+            "steps": self.preset.train.steps,
+            "resumed_from": start or None,
+            **{f"initial_{name}": first.get(name) for name in losses},
+            **{f"final_{name}": last.get(name) for name in losses},
+            "thought_exact": final.get("thought_exact"),
+            "token_accuracy": final.get("token_accuracy"),
+            "action_error_ratio": final.get("action_error_ratio"),
+            "held_out": {"initial": held_out[0] if held_out else None, "final": final or None},
+            "trainable_parameters": count_parameters(self.state.trainable),
+            "frozen_parameters": count_parameters(self.frozen),
+            "wall_seconds": round(time.perf_counter() - self.options.began, 2),
+            "train_seconds": round(timing.seconds, 2),
+            "compile_seconds": round(sum(steps.seconds.values()), 2),
+            "compile_seconds_by_text_bucket": {str(length): round(value, 2) for length, value in steps.seconds.items()},
+            "samples_per_second": round(timing.samples_per_second, 3),
+            **peak_memory(),
+            "versions": versions(),
+            "paths": {"out": str(self.out), "data": self.preset.data.data, "weights": self.base.path, **self._files()},
+            "run": dataclasses.asdict(self.preset),
+        }
+        return summary
+
+    def _files(self) -> dict[str, str]:
+        names = ("metrics.jsonl", "validation.jsonl", "summary.json", "losses.png", "batch.png", "checkpoints")
+        return {name.split(".")[0]: str(self.out / name) for name in names}
+
+    def _report(self, summary: dict[str, Any]) -> None:
+        plot_losses(read_rows(self.out / "metrics.jsonl"), read_rows(self.out / "validation.jsonl"), self.out / "losses.png")
+        beside = self.out / "summary.tmp"
+        beside.write_text(json.dumps(summary, indent=2) + "\n")
+        beside.replace(self.out / "summary.json")
+        held_out = summary["held_out"]
+        lines = [
+            f"finished step {summary['steps']} in {summary['wall_seconds']:.0f} s, {summary['samples_per_second']:.3g} samples/s"
+        ]
+        if held_out["final"]:
+            before = {k: v for k, v in (held_out["initial"] or {}).items() if k != "step"}
+            lines += [f"held out before: {format_figures(before)}", f"held out after:  {format_figures(held_out['final'])}"]
+        lines += [f"{name}: {path}" for name, path in summary["paths"].items() if path and name != "weights"]
+        self._say("\n".join(lines))
+
+
+def format_figures(figures: dict[str, Any]) -> str:
+    """``name value`` pairs in one line."""
+    return ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in figures.items())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide numbers."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak bytes of this process, and of its first device where that is known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": stats.get("peak_bytes_in_use", host), "peak_host_bytes": host}
+
+
+def _prepared(preset: Preset, tokenizer: str, resumed: RunInfo | None = None) -> Material:
+    try:
+        return prepare(preset, tokenizer, resumed)
+    except EXPECTED:
+        raise
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def new_run(resolved: Resolved, out: Path, options: Options) -> Run:
+    """Makes everything anew. ``out`` is created once the set, the tokenizer and the weights are known to be good."""
+    material = _prepared(resolved.preset, resolved.tokenizer)
+    preset, mesh = material.preset, make_mesh()
+    check_batch_size(preset.train.batch_size, mesh)
+    trainable, frozen = make_model(preset, resolved.weights, mesh)
+    ema = preset.train.ema_decay is not None
+    state = init_state(trainable, make_optimizer(preset.train), training_key(preset), ema)
+    state = cast(TrainState, jax.device_put(state, replicated(mesh)))
+    base = base_of(frozen, resolved.weights)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if base.stored:
+        save_frozen(out / "checkpoints", frozen)
+    return Run(out, material, base, mesh, state, frozen, options)
+
+
+def resume_run(request: Request, out: Path, options: Options) -> Run:
+    """Continues the run in ``out`` from its latest complete checkpoint; flags may not change what it computes."""
+    checkpoints = out / "checkpoints"
+    info = read_info(checkpoints)
+    clash = conflicts(request, info.preset)
+    if clash:
+        raise RequestError(
+            f"--resume continues the run in {out} exactly as it began; these flags would change it: {', '.join(clash)}. "
+            "Leave them out, or start a new run with another --out"
+        )
+    info = dataclasses.replace(info, preset=continued(request, info.preset))
+    material, mesh = _prepared(info.preset, "", info), make_mesh()
+    check_batch_size(info.preset.train.batch_size, mesh)
+    state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
+    return Run(out, material, info.base, mesh, state, restore_frozen(checkpoints, info, mesh), options)
+
+
+def abstract_state(preset: Preset) -> TrainState:
+    """Shapes of a run's state."""
+    ema, optimizer = preset.train.ema_decay is not None, make_optimizer(preset.train)
+    make = lambda trainable: init_state(trainable, optimizer, training_key(preset), ema)
+    return cast(TrainState, jax.eval_shape(make, abstract_trainable(preset)))
+
+
+def load_policy(checkpoints: Path, step: int | None = None) -> tuple[Pi0Fuse, RunInfo]:
+    """The trained model (the average where one was kept), its preset, tokenizer and statistics, from the folder alone.
+
+    Raises ``CheckpointError``.
+    """
+    from fusevla.train.job import combine
+
+    info, mesh = read_info(checkpoints, step), make_mesh(jax.devices()[:1])
+    state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
+    model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))
+    return jax.tree.map(jnp.asarray, model), info
