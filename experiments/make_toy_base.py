@@ -30,16 +30,16 @@ class Args:
     """Pre-training of the toy base. The learning rate is constant, then falls to zero over the last ``decay_steps``."""
 
     out: pathlib.Path
-    steps: int = 20_000
-    decay_steps: int = 4_000
+    steps: int = 16_000
+    decay_steps: int = 3_000
     warmup_steps: int = 200
-    batch_size: int = 32
+    batch_size: int = 16
     flow_draws: int = 4
-    peak: float = 1e-3
+    peak: float = 1.5e-3
     episodes: int = 20_000
     """Different episodes; their frames are drawn in random order, with replacement."""
     held_out: int = 200
-    eval_every: int = 250
+    eval_every: int = 200
     seed: int = 0
     resume: bool = False
 
@@ -68,7 +68,7 @@ class Frames:
         cameras = [name for name in stacked if name.endswith("_rgb")]
         here = np.ones(size, bool)
         text = {name: stacked[name] for name in ("tokens", "token_mask", "token_ar_mask")}
-        observation = Observation({c: stacked[c] for c in cameras}, {c: here for c in cameras}, stacked["state"], **text)
+        observation = Observation({c: stacked[c] for c in cameras}, dict.fromkeys(cameras, here), stacked["state"], **text)
         return Batch(observation, stacked["token_loss_mask"], here, stacked["actions"], stacked["action_is_pad"])
 
     def _sample(self, index: int, frame: int) -> dict[str, np.ndarray]:
@@ -184,9 +184,7 @@ def train(args: Args, tokenizer: "Tokenizer") -> Any:
     if args.resume:
         carry = eqx.tree_deserialise_leaves(args.out / "state.eqx", carry)
     frames, held_out = Frames(tokenizer, args.episodes, args.seed), Frames(tokenizer, args.held_out, args.seed + 1_000_003)
-    error_ratio = make_error_ratio(
-        held_out.batch(np.random.default_rng(0), 256), frames.batch(np.random.default_rng(1), 1024)
-    )
+    error_ratio = make_error_ratio(held_out.batch(np.random.default_rng(0), 256), frames.batch(np.random.default_rng(1), 1024))
     model, state, start = carry
     losses, begun = [], time.monotonic()
     for step, batch in enumerate(prefetched(frames, args, int(start)), int(start)):
@@ -213,7 +211,8 @@ def train(args: Args, tokenizer: "Tokenizer") -> Any:
 def main(args: Args) -> None:
     """Trains the base and writes everything that belongs to it."""
     from fusevla.data.normalize import save_norm_stats
-    from fusevla.data.toy import norm_stats, toy_tokenizer
+    from fusevla.data.toy import norm_stats
+    from fusevla.data.toy_assets import toy_tokenizer
     from fusevla.model.openpi import save_params
 
     args.out.mkdir(parents=True, exist_ok=True)

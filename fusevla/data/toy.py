@@ -8,6 +8,7 @@ most a relation, the plan (``cot_simple.json``) puts them in order, and only its
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,8 +19,7 @@ from fusevla.arrays import Float
 from fusevla.data.annotations import initial_content, plan_thought, with_instruction
 from fusevla.data.lerobot import EpisodeFrames, write_lerobot_v21
 from fusevla.data.normalize import NormStats, save_norm_stats
-from fusevla.data.toy_world import COLORS, MAX_STEP, REACH, TABLE, World, draw, over_tray, random_world, state, step
-from fusevla.tokens.tokenizer import Tokenizer, train_tokenizer
+from fusevla.data.toy_world import MAX_STEP, REACH, TABLE, World, draw, over_tray, random_world, state, step
 
 Family = Literal["left", "right", "top", "bottom", "open"]
 Kind = Literal["plans", "base"]
@@ -133,15 +133,19 @@ def _advance(rng: np.random.Generator, worlds: list[World], actions: list[np.nda
     noise = np.array([*rng.normal(0.0, ACTUATOR_NOISE, 2), 0.0]) * bool(actions[-1][:2].any())
     worlds.append(step(worlds[-1], actions[-1] + noise))
     if len(worlds) > _MAX_FRAMES:
-        raise RuntimeError(f"toy expert: expected to finish within {_MAX_FRAMES} frames, did not; world {worlds[0]}, target {target}")
+        raise RuntimeError(
+            f"toy expert: expected to finish within {_MAX_FRAMES} frames, did not; world {worlds[0]}, target {target}"
+        )
 
 
 def base_episode(rng: np.random.Generator) -> Episode:
     """A demonstration of one named sub-goal from anywhere: any opening, any block held, others in the tray already."""
     world, target = base_world(rng)
-    color, others = world.colors[target], [c for i, c in enumerate(world.colors) if i != target]
-    task, other = subgoal(color), str(rng.choice(others))
-    task = (task, task, f"leave the {other} block and {task}", f"{task} and leave the {other} block")[rng.integers(4)]
+    task = subgoal(world.colors[target])
+    others = [color for i, color in enumerate(world.colors) if i != target]
+    if others and rng.random() < 0.5:
+        other = str(rng.choice(others))
+        task = f"leave the {other} block and {task}" if rng.random() < 0.5 else f"{task} and leave the {other} block"
     worlds, actions = [world], []
     while target not in worlds[-1].placed or worlds[-1].opening < 1.0:
         _advance(rng, worlds, actions, target)
@@ -152,11 +156,11 @@ def base_episode(rng: np.random.Generator) -> Episode:
 
 def base_world(rng: np.random.Generator) -> tuple[World, int]:
     """A table in the middle of something, and the block to be placed."""
-    opening = float(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], p=[0.05, 0.05, 0.05, 0.05, 0.05, 0.75]))
-    world = random_world(rng, num_blocks=int(rng.integers(2, 5)), opening=opening)
+    opening = float(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], p=[0.04, 0.02, 0.02, 0.02, 0.02, 0.88]))
+    world = random_world(rng, num_blocks=int(rng.choice([1, 2, 3, 4], p=[0.3, 0.25, 0.3, 0.15])), opening=opening)
     target = int(rng.integers(len(world.colors)))
     for other in range(len(world.colors)):
-        if other != target and rng.random() < 0.25:
+        if other != target and rng.random() < 0.15:
             world = _put_in_tray(world, other)
     free = [i for i in range(len(world.colors)) if i not in world.placed]
     held = {0: target, 1: int(rng.choice(free))}.get(int(rng.integers(8)))
@@ -218,13 +222,22 @@ def episodes(kind: Kind, count: int, seed: int) -> Iterator[Episode]:
     return (make(np.random.default_rng((seed, index))) for index in range(count))
 
 
-def write_toy_set(root: str | os.PathLike[str], kind: Kind = "plans", count: int = 800, seed: int = 0) -> Path:
-    """Writes a toy set as a LeRobot v2.1 folder, with ``cot_simple.json`` for the plans; returns the folder.
+def norm_stats() -> dict[str, NormStats]:
+    """What state and actions are normalised with: the world's own ranges, so that base and fine-tuning share them."""
+    state_range = (np.zeros(3), np.array([TABLE, TABLE, 1.0]))
+    actions_high = np.array([MAX_STEP, MAX_STEP, 1.0])
+    ranges = {"state": state_range, "actions": (-actions_high, actions_high)}
+    return {key: NormStats((low + high) / 2, (high - low) / 2, low, high) for key, (low, high) in ranges.items()}
 
-    Raises:
-        FileExistsError: ``root`` exists already and is not empty.
+
+def write_toy_set(root: str | os.PathLike[str], kind: Kind = "plans", count: int = 700, seed: int = 0) -> Path:
+    """Writes a toy set as a LeRobot v2.1 folder with norm_stats.json, and with cot_simple.json for plans; returns the folder.
+
+    The folder appears when it is complete. Raises ``FileExistsError`` where ``root`` exists already and is not empty.
     """
     root = Path(root)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"{root} exists already; a set is only ever written to a new folder. Delete it or choose another.")
     records: dict[str, Any] = {}
 
     def stored(stream: Iterable[Episode]) -> Iterator[EpisodeFrames]:
@@ -233,43 +246,11 @@ def write_toy_set(root: str | os.PathLike[str], kind: Kind = "plans", count: int
                 records[str(index)] = annotation(episode)
             yield frames(episode)
 
-    write_lerobot_v21(root, stored(episodes(kind, count, seed)), fps=FPS, robot_type="toy")
-    save_norm_stats(root, norm_stats())
-    if records:
-        (root / "cot_simple.json").write_text(json.dumps(records), encoding="utf-8")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
+        made = write_lerobot_v21(Path(scratch) / "set", stored(episodes(kind, count, seed)), fps=FPS, robot_type="toy")
+        save_norm_stats(made, norm_stats())
+        if records:
+            (made / "cot_simple.json").write_text(json.dumps(records), encoding="utf-8")
+        made.replace(root)
     return root
-
-
-def norm_stats() -> dict[str, NormStats]:
-    """What state and actions are normalised with: the world's own ranges, so that base and fine-tuning share them."""
-    low, high = {"state": (0.0, 0.0, 0.0), "actions": (-MAX_STEP, -MAX_STEP, -1.0)}, {
-        "state": (TABLE, TABLE, 1.0),
-        "actions": (MAX_STEP, MAX_STEP, 1.0),
-    }
-    return {key: _range_stats(np.array(low[key]), np.array(high[key], float)) for key in low}
-
-
-def _range_stats(low: np.ndarray, high: np.ndarray) -> NormStats:
-    return NormStats((low + high) / 2, (high - low) / 2, low, high)
-
-
-SYMBOLS: Final = (
-    "Instruction: ", " \nPlan:", " TBD", "\n What I have done:", "\nNow I need to do:", "put the", " put the",
-    " block in the tray", " block and the", " block and", *(phrase for phrase, _ in RELATIONS.values() if phrase),
-)  # fmt: skip
-"""Phrases that are one piece of the toy's tokenizer. Colours are words of their own."""
-
-
-def corpus() -> list[str]:
-    """Every kind of text that the toy world can produce, for training its tokenizer."""
-    names = list(COLORS)
-    pair = [subgoal(names[0]), subgoal(names[1])]
-    tasks = [f"put the {a} block and the {b} block in the tray{p}" for a in names for b in names for p, _ in RELATIONS.values()]
-    tasks += [f"leave the {c} block and {subgoal(c)}" for c in names] + [f"{subgoal(c)} and leave the {c} block" for c in names]
-    texts = [initial_content(task) for task in tasks] + [initial_content(task).strip() for task in tasks]
-    return texts + [with_instruction(pair[0], plan_thought(pair, done)) for done in range(3)]
-
-
-def toy_tokenizer() -> Tokenizer:
-    """The toy's SentencePiece model, made anew (the same bytes every time)."""
-    return train_tokenizer(corpus(), symbols=SYMBOLS, join_newlines=False)

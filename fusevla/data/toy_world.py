@@ -18,7 +18,7 @@ from fusevla.arrays import Float, UInt8
 TABLE: Final = 5
 """Cells along each side of the table."""
 IMAGE_SIZE: Final = 60
-"""Pixels along each side of a camera image: 12 per cell for the base camera, 6 for the wrist camera."""
+"""Pixels along each side of a camera image: 12 per cell for the base camera, 7.5 for the wrist camera."""
 MAX_STEP: Final = 0.6
 """Longest move of one step, in cells."""
 OPENING: Final = 0.2
@@ -39,8 +39,9 @@ COLORS: Final[dict[str, tuple[int, int, int]]] = {
 """The blocks' colours: corners of the RGB cube. The two corners left, white and black, are the tray and the gripper."""
 
 _BACKGROUND = 128.0
-_BLOCK_HALF = 0.3
-_WRIST_SPAN = 2.0 * TABLE
+_BLOCK_HALF = 0.4
+_SUNK_HALF = 0.23  # what shows of a block in the tray
+_WRIST_SPAN = 8.0
 _SLOTS = np.array([(-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)])
 
 
@@ -62,7 +63,7 @@ class World:
 
 
 def random_world(
-    rng: np.random.Generator, *, num_blocks: int = 3, opening: float = 0.0, jitter: float = 0.15, colors: tuple[str, ...] = ()
+    rng: np.random.Generator, *, num_blocks: int = 3, opening: float = 0.0, jitter: float = 0.1, colors: tuple[str, ...] = ()
 ) -> World:
     """A table with blocks of distinct colours and a tray, each in a cell of its own.
 
@@ -148,8 +149,9 @@ def _view(world: World, corner: np.ndarray, span: float, size: int) -> np.ndarra
     rectangle(world.tray, (TRAY_HALF, TRAY_HALF), (255, 255, 255))
     order = [i for i in range(len(world.colors)) if i != world.held] + ([] if world.held is None else [world.held])
     for i in order:
-        rectangle(world.blocks[i], (_BLOCK_HALF, _BLOCK_HALF), COLORS[world.colors[i]])
-    gap = 0.3 + 0.3 * world.opening if world.held is None else 0.3
+        half = _SUNK_HALF if i in world.placed else _BLOCK_HALF
+        rectangle(world.blocks[i], (half, half), COLORS[world.colors[i]])
+    gap = 0.3 + 0.2 * world.opening
     for side in (-1.0, 1.0):
         rectangle(world.gripper + np.array([side * gap, 0.0]), (0.08, 0.25), (0, 0, 0))
     return np.rint(canvas).astype(np.uint8)
@@ -157,12 +159,12 @@ def _view(world: World, corner: np.ndarray, span: float, size: int) -> np.ndarra
 
 def _paint(canvas: np.ndarray, low: np.ndarray, high: np.ndarray, color: tuple[int, int, int]) -> None:
     """Blend an axis-aligned rectangle (pixel units) in; a pixel's share is the area covered, so motion is smooth."""
-    first = np.maximum(np.floor(low), 0).astype(int)
-    last = np.minimum(np.ceil(high), canvas.shape[0]).astype(int)
-    if (last <= first).any():
+    first = [max(int(edge), 0) for edge in np.floor(low)]
+    last = [min(int(edge), len(canvas)) for edge in np.ceil(high)]
+    if last[0] <= first[0] or last[1] <= first[1]:
         return
-    columns = _coverage(first[0], last[0], low[0], high[0])
-    rows = _coverage(first[1], last[1], low[1], high[1])
+    columns = _coverage(first[0], last[0], float(low[0]), float(high[0]))
+    rows = _coverage(first[1], last[1], float(low[1]), float(high[1]))
     share = (rows[:, None] * columns[None, :])[..., None]
     window = canvas[first[1] : last[1], first[0] : last[0]]
     window += share * (np.array(color, np.float32) - window)

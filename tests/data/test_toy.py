@@ -22,9 +22,9 @@ from fusevla.data.toy import (
     plan_world,
     subgoal,
     succeeded,
-    toy_tokenizer,
     write_toy_set,
 )
+from fusevla.data.toy_assets import toy_set, toy_tokenizer
 from fusevla.data.toy_world import COLORS, state, step
 
 seeds = st.integers(0, 2**32 - 1)
@@ -68,7 +68,8 @@ def test_base_episodes_name_one_block_and_place_it(seed):
     (target,) = episode.plan
     assert target in episode.worlds[-1].placed
     assert subgoal(episode.worlds[0].colors[target]) in episode.task
-    assert "then" not in episode.task and "Plan" not in episode.task
+    assert "then" not in episode.task
+    assert "Plan" not in episode.task
 
 
 def test_expert_without_noise_is_straight_and_fast():
@@ -96,7 +97,8 @@ def test_segments_cover_the_episode_and_change_where_the_image_does():
     segments = annotation(episode)["segments"]
     assert [s["updated_content"] is not None for s in segments] == [True, False, True, False, True]
     assert [s["end_step"] for s in segments[:-1]] == [s["start_step"] for s in segments[1:]]
-    assert segments[0]["start_step"] == 0 and segments[-1]["end_step"] == -1
+    assert segments[0]["start_step"] == 0
+    assert segments[-1]["end_step"] == -1
     assert segments[-1]["start_step"] == len(episode) - 1
     for segment in segments[2::2]:
         before, after = (episode.worlds[segment["start_step"] + d] for d in (-1, 0))
@@ -175,3 +177,12 @@ def test_tokenizer_has_a_piece_per_colour_and_loses_nothing(plans):
             assert tokenizer.decode(tokenizer.encode(segment["content"])) == segment["content"]
             assert len(tokenizer.encode(segment["content"])) < 48
     assert toy_tokenizer() == tokenizer
+
+
+def test_the_set_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("fusevla.data.toy_assets.EPISODES", 2)
+    monkeypatch.setenv("FUSEVLA_CACHE", str(tmp_path))
+    made = toy_set()
+    before = (made / "meta/info.json").stat().st_mtime_ns
+    assert toy_set() == made
+    assert (made / "meta/info.json").stat().st_mtime_ns == before

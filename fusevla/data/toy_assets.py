@@ -1,0 +1,50 @@
+"""What belongs to the toy besides its episodes: normalisation, tokenizer, the base checkpoint in the package, the set on disk."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+from fusevla.data.annotations import initial_content, plan_thought, with_instruction
+from fusevla.data.toy import RELATIONS, subgoal, write_toy_set
+from fusevla.data.toy_world import COLORS
+from fusevla.tokens.tokenizer import Tokenizer, train_tokenizer
+
+BASE: Final = Path(__file__).parent.parent / "assets" / "toy_base"
+"""``params`` (openpi's layout), ``tokenizer.model`` and ``norm_stats.json``; made by experiments/make_toy_base.py."""
+EPISODES: Final = 700
+"""Of the fine-tuning set, about 32 frames each."""
+SEED: Final = 1
+
+
+SYMBOLS: Final = (
+    "Instruction: ", " \nPlan:", " TBD", "\n What I have done:", "\nNow I need to do:", "put the", " put the",
+    " block in the tray", " block and the", " block and", *(phrase for phrase, _ in RELATIONS.values() if phrase),
+)  # fmt: skip
+"""Phrases that are one piece of the toy's tokenizer. Colours are words of their own."""
+
+
+def corpus() -> list[str]:
+    """Every kind of text that the toy world can produce, for training its tokenizer."""
+    names = list(COLORS)
+    pair = [subgoal(names[0]), subgoal(names[1])]
+    tasks = [f"put the {a} block and the {b} block in the tray{p}" for a in names for b in names for p, _ in RELATIONS.values()]
+    tasks += [f"leave the {c} block and {subgoal(c)}" for c in names] + [f"{subgoal(c)} and leave the {c} block" for c in names]
+    texts = [initial_content(task) for task in tasks] + [initial_content(task).strip() for task in tasks]
+    return texts + [with_instruction(pair[0], plan_thought(pair, done)) for done in range(3)]
+
+
+def toy_tokenizer() -> Tokenizer:
+    """The toy's SentencePiece model, made anew (the same bytes every time)."""
+    return train_tokenizer(corpus(), symbols=SYMBOLS, join_newlines=False)
+
+
+def toy_set(root: str | os.PathLike[str] | None = None) -> Path:
+    """The fine-tuning set, written on first use (about half a minute, 30 MB); by default into the cache.
+
+    The cache is ``$FUSEVLA_CACHE`` (default ``~/.cache/fusevla``); the folder's name says what it holds.
+    """
+    cache = Path(os.environ.get("FUSEVLA_CACHE", "~/.cache/fusevla")).expanduser()
+    folder = cache / f"toy-{EPISODES}-{SEED}" if root is None else Path(root)
+    if not (folder / "meta" / "info.json").is_file():
+        write_toy_set(folder, "plans", EPISODES, SEED)
+    return folder
