@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fusevla.presets import PRESETS, Freeze
-from fusevla.train.request import Request, RequestError, describe, missing, resolve
+from fusevla.train.request import TOY, Request, RequestError, describe, missing, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,10 @@ def run(args: Args, out: Path, began: float) -> None:
         resume_run(request, out, Options(args.eval_samples, args.validate_every, began)).execute()
         return
     resolved = resolve(request)
+    if resolved.preset.name == TOY and args.data is None:
+        from fusevla.train.job import make_toy_set
+
+        make_toy_set(Path(str(resolved.preset.data.data)))
     absent = missing(resolved)
     if absent:
         needs = "\n\n  ".join(absent)

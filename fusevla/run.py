@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from fusevla.arrays import Batch
-from fusevla.data.batch import collate
+from fusevla.data.batch import Sample, collate
 from fusevla.data.lerobot_meta import LeRobotError
-from fusevla.data.loader import Loader, make_loader
+from fusevla.data.loader import Loader, Source, make_loader
 from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
 from fusevla.evaluate.report import plot_batch, plot_losses
 from fusevla.model import fetch
@@ -114,7 +114,7 @@ class Run:
     def _loader(self, start: int) -> Loader[Batch]:
         train, data = self.preset.train, self.preset.data
         return make_loader(
-            self.material.training,
+            cast(Source[Sample], self.material.training),
             lambda samples: collate(samples, data.text_buckets),
             batch_size=train.batch_size,
             seed=train.seed,
@@ -269,7 +269,7 @@ def new_run(resolved: Resolved, out: Path, options: Options) -> Run:
     """Makes everything anew. ``out`` is created once the set, the tokenizer and the weights are known to be good."""
     material = _prepared(resolved.preset, resolved.tokenizer)
     preset, mesh = material.preset, make_mesh()
-    check_batch_size(preset.train.batch_size, mesh)
+    check_batch_size(preset.train.batch_size, mesh.size)
     trainable, frozen = make_model(preset, resolved.weights, mesh)
     ema = preset.train.ema_decay is not None
     state = init_state(trainable, make_optimizer(preset.train), training_key(preset), ema)
@@ -293,7 +293,7 @@ def resume_run(request: Request, out: Path, options: Options) -> Run:
         )
     info = dataclasses.replace(info, preset=continued(request, info.preset))
     material, mesh = _prepared(info.preset, "", info), make_mesh()
-    check_batch_size(info.preset.train.batch_size, mesh)
+    check_batch_size(info.preset.train.batch_size, mesh.size)
     state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
     return Run(out, material, info.base, mesh, state, restore_frozen(checkpoints, info, mesh), options)
 

@@ -9,11 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fusevla.arrays import Batch
 from fusevla.tokens.tokenizer import Tokenizer
 
-TEXT_COLUMNS = 62
+TEXT_COLUMNS = 64
 CURVES = (("loss", "loss (joint)"), ("text_loss", "text loss"), ("action_loss", "action loss"), ("grad_norm", "gradient norm"))
 
 
@@ -38,17 +39,19 @@ def _points(rows: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.n
 
 def _curve(axes: Axes, rows: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], name: str) -> None:
     steps, values = _points(rows, name)
-    axes.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=1, label="batch")
     window = max(1, len(values) // 20)
-    if window > 1:
+    smoothed = window > 1
+    axes.plot(steps, values, color="tab:blue", alpha=0.35 if smoothed else 1.0, linewidth=1, label="batch")
+    if smoothed:
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=2, label=f"mean of {window}")
     held_steps, held_values = _points(validation, name)
     if held_values.size:
         axes.plot(held_steps, held_values, "o--", color="tab:orange", markersize=5, label="held out")
-    positive = values.size and values.min() > 0
-    if positive and values.max() / values.min() > 20:
+    if values.size and values.min() > 0 and values.max() / values.min() > 20:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     if values.size or held_values.size:
         axes.legend(fontsize=8, frameon=False)
@@ -61,8 +64,8 @@ def plot_batch(batch: Batch, tokenizer: Tokenizer, path: Path, limit: int = 4) -
     """
     cameras = sorted(batch.observation.images)
     count = min(limit, batch.actions.shape[0])
-    figure = Figure(figsize=(3.1 * len(cameras) + 9.5, 3.3 * count), layout="constrained")
-    widths = [1.0] * len(cameras) + [1.9, 1.1]
+    figure = Figure(figsize=(3.1 * len(cameras) + 9.2, 3.3 * count), layout="constrained")
+    widths = [1.0] * len(cameras) + [1.75, 1.15]
     grid = figure.subplots(count, len(widths), width_ratios=widths, squeeze=False)
     for sample, row in enumerate(grid):
         for camera, axes in zip(cameras, row, strict=False):
@@ -97,12 +100,12 @@ def describe(batch: Batch, tokenizer: Tokenizer, sample: int) -> tuple[str, str,
     )
     prompt, suffix = tokens[valid & ~causal], tokens[valid & causal]
     acts = tokenizer.ids.boa in suffix.tolist()
-    target = "ACT" if acts else tokenizer.decode(suffix)
+    target = "ACT" if acts else tokenizer.decode(suffix.tolist())
     supervised = int(np.asarray(batch.token_loss_mask)[sample].sum())
     note = f"{int(valid.sum())} tokens, {supervised} supervised" + (
         ", actions trained" if batch.diffusion_loss_mask[sample] else ""
     )
-    return tokenizer.decode(prompt), target, note
+    return tokenizer.decode(prompt.tolist()), target, note
 
 
 def _show_text(axes: Axes, batch: Batch, tokenizer: Tokenizer, sample: int) -> None:
@@ -110,7 +113,7 @@ def _show_text(axes: Axes, batch: Batch, tokenizer: Tokenizer, sample: int) -> N
     axes.set_axis_off()
     text = f"PROMPT\n{_wrap(prompt)}\n\nTARGET\n{_wrap(target)}"
     options: dict[str, Any] = {"va": "top", "ha": "left", "family": "monospace", "transform": axes.transAxes, "parse_math": False}
-    axes.text(0.0, 1.0, text, fontsize=7, linespacing=1.15, **options)
+    axes.text(0.0, 1.0, text, fontsize=8.5, linespacing=1.15, **options)
     axes.set_title(note, fontsize=9, loc="left")
 
 

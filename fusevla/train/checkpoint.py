@@ -63,7 +63,7 @@ class RunInfo:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def named_leaves(tree: object) -> dict[str, jax.Array]:
+def named_leaves(tree: object) -> dict[str, Any]:
     """Every leaf under its dotted path (``trainable.vision.patch.kernel``)."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
@@ -195,7 +195,8 @@ def _restore(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str,
     try:
         with _quiet():
             reader = ocp.PyTreeCheckpointer()
-            stored = dict(reader.metadata(folder.resolve()).item_metadata.tree)
+            described: Any = reader.metadata(folder.resolve())
+            stored = dict(described.item_metadata.tree)
     except Exception as error:
         raise _damaged(folder.parent, error) from error
     _check_leaves(folder, stored, wanted)

@@ -6,6 +6,7 @@ changed on disk since then changes the run.
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -50,6 +51,17 @@ class Material:
     stats: dict[str, NormStats] | None
     training: SampleSource
     held_out: SampleSource | None
+
+
+def make_toy_set(folder: Path) -> None:
+    """Writes the toy's demonstrations where they are not there yet; an interrupted attempt leaves nothing behind."""
+    if folder.exists():
+        return
+    from fusevla.data.toy import write_toy_set
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name) as partial:
+        write_toy_set(Path(partial) / "set").rename(folder)
 
 
 def annotations_path(data: DataConfig) -> Path:
@@ -210,4 +222,4 @@ def abstract_trainable(preset: Preset) -> Pi0Fuse:
 
 def combine(trainable: Pi0Fuse, frozen: Pi0Fuse) -> Pi0Fuse:
     """The whole model."""
-    return cast(Pi0Fuse, eqx.combine(trainable, frozen))
+    return eqx.combine(trainable, frozen)

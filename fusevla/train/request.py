@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from fusevla.presets import PI05, PRESETS, TINY, Freeze, ModelConfig, Preset, ScheduleConfig, scratch_schedule
 
+TOY = "toy"
+TOY_BASE = Path(__file__).parents[1] / "assets" / "toy_base"
+"""The toy's base weights (``params``), tokenizer and statistics, part of the package."""
 BASE_URL = "gs://openpi-assets/checkpoints/pi05_base/params"
 TOKENIZER_URL = "gs://big_vision/paligemma_tokenizer.model"
 NONE = "none"
@@ -78,7 +81,7 @@ def _replaced(config: Any, **changes: Any) -> Any:
 
 
 def _model(base: ModelConfig, request: Request, scratch: bool) -> ModelConfig:
-    config = {"tiny": TINY, "full": PI05, None: base}[request.model]
+    config = base if request.model is None else {"tiny": TINY, "full": PI05}[request.model]
     keep_lora = request.lora if request.lora is not None else not scratch
     if keep_lora:
         return config
@@ -106,8 +109,15 @@ def _first_there(candidates: Iterable[Path]) -> str | None:
     return next((str(path.absolute()) for path in candidates if path.exists()), None)
 
 
+def cache_folder() -> Path:
+    """``$FUSEVLA_CACHE``, by default ``~/.cache/fusevla``."""
+    return Path(os.environ.get("FUSEVLA_CACHE", "~/.cache/fusevla")).expanduser()
+
+
 def default_data(name: str) -> tuple[str | None, str | None]:
-    """(set, annotations) of a published preset where they lie under ``data/``."""
+    """(set, annotations) of a published preset where they lie under ``data/``; the toy's place, made on first use."""
+    if name == TOY:
+        return str((cache_folder() / "toy-plans").absolute()), None
     published = PUBLISHED.get(name)
     if published is None:
         return None, None
@@ -118,19 +128,24 @@ def default_data(name: str) -> tuple[str | None, str | None]:
     )
 
 
-def default_weights() -> str | None:
-    """The published base weights where they lie in a cache."""
-    own = Path(os.environ.get("FUSEVLA_CACHE", "~/.cache/fusevla")).expanduser() / "gs"
+def default_weights(name: str) -> str | None:
+    """The toy's own base, or the published base weights where they lie in a cache."""
+    if name == TOY:
+        return str(TOY_BASE / "params")
+    own = cache_folder() / "gs"
     openpi = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
     below = Path("openpi-assets") / "checkpoints" / "pi05_base" / "params"
     return _first_there([own / below, openpi / below])
 
 
-def default_tokenizer() -> str | None:
-    """PaliGemma's tokenizer where it lies in a cache."""
-    own = Path(os.environ.get("FUSEVLA_CACHE", "~/.cache/fusevla")).expanduser()
+def default_tokenizer(name: str, scratch: bool) -> str:
+    """The toy's own, ``train`` from scratch, or PaliGemma's where it lies in a cache ("" where it does not)."""
+    if name == TOY:
+        return str(TOY_BASE / "tokenizer.model")
+    if scratch:
+        return "train"
     openpi = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser() / "big_vision"
-    return _first_there([own / "paligemma_tokenizer.model", openpi / "paligemma_tokenizer.model"])
+    return _first_there(folder / "paligemma_tokenizer.model" for folder in (cache_folder(), openpi)) or ""
 
 
 def resolve(request: Request, base: Preset | None = None) -> Resolved:
@@ -173,8 +188,8 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
         log_every=request.log_every,
         keep_checkpoints=request.keep,
     )
-    weights = None if scratch else (request.weights or default_weights())
-    tokenizer = request.tokenizer or ("train" if scratch else default_tokenizer() or "")
+    weights = None if scratch else (request.weights or default_weights(base.name))
+    tokenizer = request.tokenizer or default_tokenizer(base.name, scratch)
     preset = dataclasses.replace(base, model=_model(base.model, request, scratch), data=data, train=train)
     return Resolved(preset, weights, tokenizer, scratch)
 

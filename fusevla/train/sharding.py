@@ -1,7 +1,7 @@
 """One device or several: parameters replicated, batches split along their first axis, one jit for both."""
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ T = TypeVar("T")
 BATCH_AXIS = "batch"
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A one-axis mesh over ``devices`` (all of them by default); the compiler places the collectives (Auto axes)."""
     chosen = list(jax.devices() if devices is None else devices)
     return jax.make_mesh((len(chosen),), (BATCH_AXIS,), (AxisType.Auto,), devices=chosen)
@@ -27,12 +27,12 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, devices: int) -> None:
     """Raises ``ValueError`` unless every device gets the same number of samples."""
-    if batch_size % mesh.size:
+    if batch_size % devices:
         raise ValueError(
-            f"batch: {batch_size} samples cannot be shared evenly by {mesh.size} devices; "
-            f"take a multiple of {mesh.size}, or fewer devices (CUDA_VISIBLE_DEVICES)"
+            f"batch: {batch_size} samples cannot be shared evenly by {devices} devices; "
+            f"take a multiple of {devices}, or fewer devices (CUDA_VISIBLE_DEVICES)"
         )
 
 

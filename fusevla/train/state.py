@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import UInt32
 
 from fusevla.arrays import Array, Int, Key
 from fusevla.model.fuse import Pi0Fuse
@@ -23,7 +24,7 @@ class TrainState(eqx.Module):
     trainable: Pi0Fuse
     opt_state: Any
     average: Pi0Fuse | None
-    key: Int[Array, "2"]
+    key: UInt32[Array, "2"]
     step: Int[Array, ""]
 
 

@@ -26,9 +26,9 @@ Step = Callable[[TrainState, Pi0Fuse, Batch], tuple[TrainState, Metrics]]
 
 def augment_batch(batch: Batch, key: Key, config: AugmentConfig | None) -> Batch:
     """The batch with its images as float32 in [-1, 1], augmented where ``config`` says so; one key for each sample."""
-    images = {name: to_float(image) for name, image in batch.observation.images.items()}
+    images: dict[str, Array] = {name: to_float(image) for name, image in batch.observation.images.items()}
     if config is not None and images:
-        images = augment(images, key, config)
+        images = {**augment(images, key, config)}
     return cast(Batch, eqx.tree_at(lambda b: b.observation.images, batch, images))
 
 
@@ -58,7 +58,7 @@ def train_step(
     gradient = jax.value_and_grad(_loss, has_aux=True)
     (_, metrics), grads = gradient(state.trainable, frozen, batch, loss_key, config, mask_padded_actions)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, cast(Any, state.trainable))
-    trainable = optax.apply_updates(cast(Any, state.trainable), updates)
+    trainable = cast(Pi0Fuse, optax.apply_updates(cast(Any, state.trainable), updates))
     average = None if state.average is None else ema_update(state.average, trainable, cast(float, config.ema_decay))
     metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": make_schedule(config.schedule)(state.step)}
     return TrainState(trainable, opt_state, average, state.key, state.step + 1), metrics
@@ -67,7 +67,7 @@ def train_step(
 def abstract_batch(batch: Batch, length: int, sharding: jax.sharding.Sharding) -> Batch:
     """Shapes of ``batch`` with its text padded to ``length``."""
 
-    def shape_of(leaf: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def shape_of(leaf: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
     same = jax.tree.map(lambda leaf: shape_of(leaf, leaf.shape), batch)
@@ -75,7 +75,7 @@ def abstract_batch(batch: Batch, length: int, sharding: jax.sharding.Sharding) -
     return cast(Batch, eqx.tree_at(_texts, same, texts))
 
 
-def _texts(batch: Batch) -> list[Array]:
+def _texts(batch: Batch) -> list[Any]:
     observation = batch.observation
     return [observation.tokens, observation.token_mask, observation.token_ar_mask, batch.token_loss_mask]
 

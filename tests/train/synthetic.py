@@ -6,11 +6,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fusevla.arrays import Batch, Observation
 from fusevla.model import fuse
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import ExpertConfig, LoraConfig, ModelConfig, ScheduleConfig, TrainConfig, VisionConfig
+from fusevla.train.freeze import partition
+from fusevla.train.optim import make_optimizer
+from fusevla.train.sharding import make_mesh, put_batch, replicate
+from fusevla.train.state import TrainState, init_state
+from fusevla.train.step import CompiledSteps
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 MODEL = ModelConfig(
@@ -28,6 +34,34 @@ TRAIN = TrainConfig(
     steps=6, batch_size=4, schedule=ScheduleConfig(peak=1e-2, end=1e-3, warmup_steps=1, decay_steps=6), log_every=1, save_every=2
 )
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
+
+
+MESH = make_mesh(jax.devices()[:1])
+
+
+def fresh(config: TrainConfig, mesh: Mesh = MESH) -> tuple[TrainState, Pi0Fuse]:
+    """(state, frozen) before step 0."""
+    trainable, frozen = partition(jax.tree.map(jnp.copy, small_model()), config.freeze)
+    state = init_state(trainable, make_optimizer(config), jax.random.key(config.seed), ema=config.ema_decay is not None)
+    return replicate(state, mesh), replicate(frozen, mesh)
+
+
+@functools.cache
+def compiled(config: TrainConfig) -> CompiledSteps:
+    """The step for batches of ``random_batch``: compiling takes most of these tests' time, so it is shared."""
+    steps = CompiledSteps(config, MESH)
+    steps.compile(*fresh(config), random_batch(0), [12])
+    return steps
+
+
+def run(config: TrainConfig, batches: list[Batch]) -> tuple[TrainState, Pi0Fuse, list[dict[str, np.ndarray]]]:
+    """(state, frozen, metrics of each step) after a step on each batch."""
+    state, frozen = fresh(config)
+    metrics = []
+    for batch in batches:
+        state, values = compiled(config)(state, frozen, put_batch(batch, MESH))
+        metrics.append(jax.device_get(values))
+    return state, frozen, metrics
 
 
 @functools.cache

@@ -82,8 +82,6 @@ def test_all_but_lora_without_lora_is_refused() -> None:
     assert not has_adapters(model)
     with pytest.raises(FreezeError, match="neither expert carries LoRA"):
         trainable_spec(model, "all_but_lora")
-    with pytest.raises(FreezeError, match="got 'some'"):
-        trainable_spec(model, "some")  # type: ignore[arg-type]
 
 
 @functools.cache

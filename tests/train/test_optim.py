@@ -1,6 +1,7 @@
 """The schedule and AdamW against the numbers of the reference, and what the configuration refuses."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import hypothesis
 import hypothesis.strategies as st
@@ -49,8 +50,9 @@ def test_adamw_steps(small: dict[str, np.ndarray]) -> None:
         for step in range(3):
             grads = group(small, f"adamw/{case}/g{step}/")
             np.testing.assert_allclose(optax.tree.norm(grads), small[f"adamw/{case}/gnorm{step}"], rtol=1e-5)
+            updates: dict[str, Any]
             updates, state = jax.jit(optimizer.update)(grads, state, params)
-            params = optax.apply_updates(params, updates)
+            params = cast(dict[str, jax.Array], optax.apply_updates(params, updates))
             for name in params:
                 assert relative(updates[name], jnp.asarray(small[f"adamw/{case}/u{step}/{name}"])) < 1e-5
                 assert relative(params[name], jnp.asarray(small[f"adamw/{case}/p{step + 1}/{name}"])) < 1e-5
