@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +20,7 @@ S = TypeVar("S")
 B = TypeVar("B")
 
 
+@runtime_checkable
 class Source(Protocol[S_co]):
     """Random access to samples: picklable, pure in (row, epoch, seed), ``0 <= row < len(source)``."""
 
