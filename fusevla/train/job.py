@@ -34,7 +34,7 @@ from fusevla.train.sharding import replicate, replicated
 
 STORE_BELOW = 256 * 2**20
 """Frozen leaves of fewer bytes are stored with the checkpoints, so that these stand alone."""
-MEASURED = 4096
+MEASURED = 1024
 """Samples whose text lengths decide which buckets are worth compiling."""
 RARE = 0.02
 """A bucket that fewer batches than this share would use is not compiled: its batches take the next larger one."""
