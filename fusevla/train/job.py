@@ -166,7 +166,10 @@ def make_model(preset: Preset, weights: str | None, mesh: Mesh) -> tuple[Pi0Fuse
     """
     config, mode = preset.model, preset.train.freeze
     if weights is None:
-        model = jax.jit(functools.partial(fuse.init, config), out_shardings=replicated(mesh))(model_key(preset))
+        # Compiled for one use only: on a CPU, optimising the many random-number kernels takes longer than running them.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        make = jax.jit(functools.partial(fuse.init, config), out_shardings=replicated(mesh), compiler_options=options)
+        model = make(model_key(preset))
     else:
         dtypes = dtype_spec(fuse.abstract(config), mode)
         model = load_params(weights, config, dtypes, replicated(mesh), key=model_key(preset))

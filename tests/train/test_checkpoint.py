@@ -161,3 +161,11 @@ def test_a_preset_of_a_newer_version_is_refused() -> None:
     with pytest.raises(ValueError, match=r"LoraConfig: unknown fields \['dropout'\]"):
         preset_from_dict(values)
     assert LoraConfig(rank=16, alpha=16.0).scale == 1.0
+
+
+def test_what_a_killed_save_left_behind_is_in_nobodys_way(copy: Path) -> None:
+    for name in ("5.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp"):
+        shutil.copytree(copy / "4" / "arrays", copy / name / "arrays.orbax-checkpoint-tmp")
+    save(copy, (5,))
+    assert ckpt.complete_steps(copy) == [3, 4, 5]
+    assert_same(ckpt.restore_state(copy, jax.eval_shape(make_state), SHARDING), make_state(5))

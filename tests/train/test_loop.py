@@ -1,6 +1,7 @@
 """The loop: exact resume, metrics that mean what they say, and a clear end when numbers stop being numbers."""
 
 import dataclasses
+import io
 import itertools
 import json
 from pathlib import Path
@@ -99,18 +100,20 @@ def test_metrics_of_absent_parts_are_null(tmp_path: Path) -> None:
 
 def test_validation_is_called_between_steps(tmp_path: Path) -> None:
     seen: list[int] = []
+    screen = io.StringIO()
     out = tmp_path / "run"
     out.mkdir()
     log, checkpoints = JsonLines(out / "metrics.jsonl", 0), Checkpoints(out / "checkpoints", 1, INFO)
     state, frozen = fresh(TRAIN)
     fit(
         state, frozen, compiled(TRAIN), itertools.cycle(batches(0)), MESH, TRAIN,
-        checkpoints=checkpoints, log=log, console=Console(quiet=True),
+        checkpoints=checkpoints, log=log, console=Console(file=screen, force_terminal=True),
         validate=lambda _, step: seen.append(step), validate_every=3,
     )  # fmt: skip
     log.close()
     checkpoints.close()
     assert seen == [3]
+    assert "samples/s" in screen.getvalue()
 
 
 def test_lines_after_the_checkpoint_and_half_lines_are_dropped(tmp_path: Path) -> None:
