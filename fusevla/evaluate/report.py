@@ -63,16 +63,25 @@ def plot_batch(batch: Batch, tokenizer: Tokenizer, path: Path, limit: int = 4) -
     Images are float32 in [-1, 1] or uint8; all arrays of ``batch`` are on the host.
     """
     cameras = sorted(batch.observation.images)
-    count = min(limit, batch.actions.shape[0])
+    samples = shown(batch, limit)
+    count = len(samples)
     figure = Figure(figsize=(3.1 * len(cameras) + 9.2, 3.3 * count), layout="constrained")
     widths = [1.0] * len(cameras) + [1.75, 1.15]
     grid = figure.subplots(count, len(widths), width_ratios=widths, squeeze=False)
-    for sample, row in enumerate(grid):
+    for sample, row in zip(samples, grid, strict=True):
         for camera, axes in zip(cameras, row, strict=False):
             _show_image(axes, batch, camera, sample)
         _show_text(row[-2], batch, tokenizer, sample)
         _show_actions(row[-1], batch, sample)
     _save(figure, path)
+
+
+def shown(batch: Batch, limit: int) -> list[int]:
+    """Up to ``limit`` samples of both kinds, as evenly as the batch has them: those that act, and those that think."""
+    acts = np.asarray(batch.diffusion_loss_mask)
+    kinds = np.flatnonzero(acts).tolist(), np.flatnonzero(~acts).tolist()
+    ranked = sorted((rank, sample) for kind in kinds for rank, sample in enumerate(kind))
+    return sorted(sample for _, sample in ranked[:limit])
 
 
 def _show_image(axes: Axes, batch: Batch, camera: str, sample: int) -> None:

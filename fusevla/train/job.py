@@ -131,8 +131,7 @@ def prepare(preset: Preset, tokenizer_choice: str, resumed: RunInfo | None = Non
     if resumed is None:
         tokenizer = make_tokenizer(tokenizer_choice, annotations, frames, preset.model)
         stats = make_stats(data, frames, training)
-        if tokenizer_choice == "train":
-            preset = with_vocabulary(preset, tokenizer.vocab_size)
+        preset = with_vocabulary(preset, tokenizer.vocab_size)
     else:
         tokenizer = Tokenizer(resumed.tokenizer, resumed.preset.model.vocab_size)
         stats = None if resumed.norm_stats is None else stats_from_json(resumed.norm_stats)

@@ -1,12 +1,13 @@
 """Pictures: they are written whatever is missing, and the text in them is what the tokens say."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fusevla.evaluate.report import describe, plot_batch, plot_losses
+from fusevla.evaluate.report import describe, plot_batch, plot_losses, shown
 from fusevla.tokens.protocol import encode_sample
 from fusevla.tokens.tokenizer import Tokenizer, train_tokenizer
 from tests.train.synthetic import random_batch
@@ -29,6 +30,13 @@ def test_loss_curves(tmp_path: Path, count: int) -> None:
     rows = [{"step": step, **ROW, "loss": 1 / (step + 1)} for step in range(count)]
     plot_losses(rows, [{"step": 0, "text_loss": 4.0, "action_loss": None}], tmp_path / "losses.png")
     assert smallest_side(tmp_path / "losses.png") > 500
+
+
+def test_both_kinds_of_samples_are_shown() -> None:
+    batch = random_batch(0, size=8)
+    acts = np.arange(8) != 6
+    assert shown(dataclasses.replace(batch, diffusion_loss_mask=acts), 3) == [0, 1, 6]
+    assert shown(batch, 4) == [0, 1, 2, 3]
 
 
 def test_batch_picture_shows_the_decoded_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
