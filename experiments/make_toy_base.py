@@ -56,8 +56,13 @@ class Frames:
 
         self.tokenizer = tokenizer
         self.episodes = list(episodes("base", count, seed))
-        # what follows the placing is waiting; two frames of it are enough
-        self.rows = [(i, t) for i, episode in enumerate(self.episodes) for t in range(episode.placed_at[0] + 2)]
+        # what follows the placing is waiting: two frames of it are enough; finding the block is the hard part: three times
+        self.rows = [
+            (i, t)
+            for i, episode in enumerate(self.episodes)
+            for t in range(episode.placed_at[0] + 2)
+            for _ in range(1 if episode.plan[0] in (episode.worlds[t].held, *episode.worlds[t].placed) else 3)
+        ]
 
     def batch(self, rng: np.random.Generator, size: int) -> "Batch":
         """``size`` random frames."""
