@@ -13,6 +13,7 @@ another name and renames it when complete: a killed run leaves complete checkpoi
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,10 +95,16 @@ def fingerprint(tree: object) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax warns about restoring on another topology; shardings are given, so there is nothing to heed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Orbax warns, once per leaf, about caches, topologies and future interfaces: nothing that a user could act on."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class Checkpoints:
