@@ -112,7 +112,7 @@ def time_embedding(time: Float[Array, "*shape"], width: int) -> Float[Array, "*s
     """``concat(sin, cos)`` of 2 pi t / period over width/2 periods from 4e-3 to 4, geometric; float32."""
     fraction = jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
-    angle = time[..., None] * (1.0 / period * 2 * jnp.pi)
+    angle = jnp.multiply.outer(time, 1.0 / period * 2 * jnp.pi)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
@@ -151,5 +151,3 @@ def forward(
         remat=model.config.remat,
     )
     return hidden, velocity(model, actions, draws)
-
-

@@ -23,6 +23,11 @@ def lecun_normal(key: Key, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
 
 
+def like(parameter: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``parameter`` in x's dtype, broadcast to x's shape along its trailing axes (said aloud: tests refuse it unsaid)."""
+    return jnp.broadcast_to(parameter.astype(x.dtype), x.shape)
+
+
 class Dense(eqx.Module):
     """``x @ kernel + bias`` in the dtype of x (flax's layout: kernel [in, out])."""
 
@@ -31,7 +36,8 @@ class Dense(eqx.Module):
 
     def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape outputs"]:
         """Maps the last axis."""
-        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
+        y = x @ self.kernel.astype(x.dtype)
+        return y + like(self.bias, y)
 
 
 class LowRank(eqx.Module):
@@ -76,7 +82,7 @@ class LayerNorm(eqx.Module):
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPS)
-        return (centred * inverse * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
+        return (centred * inverse * like(self.scale, x32) + like(self.bias, x32)).astype(x.dtype)
 
 
 def rms_normalize(x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
@@ -92,7 +98,8 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], cond: None = None) -> tuple[Float[Array, "b s d"], None]:
         """Returns (normalised x, no gate); ``cond`` exists so that both norms are called alike."""
-        return (rms_normalize(x) * (1 + self.scale.astype(jnp.float32))).astype(x.dtype), None
+        normed = rms_normalize(x)
+        return (normed * (1 + like(self.scale, normed))).astype(x.dtype), None
 
 
 class AdaRMSNorm(eqx.Module):
@@ -100,7 +107,9 @@ class AdaRMSNorm(eqx.Module):
 
     modulation: Dense
 
-    def __call__(self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
+    def __call__(
+        self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"]
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
         """Returns (modulated x, gate). The s tokens are r equal blocks, one for each condition."""
         per_block = self.modulation(cond.astype(x.dtype))
         per_token = jnp.repeat(per_block, x.shape[1] // cond.shape[1], axis=1)
@@ -109,7 +118,9 @@ class AdaRMSNorm(eqx.Module):
         return normed.astype(x.dtype), gate
 
 
-def gated_residual(x: Float[Array, "b s d"], y: Float[Array, "b s d"], gate: Float[Array, "b s d"] | None) -> Float[Array, "b s d"]:
+def gated_residual(
+    x: Float[Array, "b s d"], y: Float[Array, "b s d"], gate: Float[Array, "b s d"] | None
+) -> Float[Array, "b s d"]:
     """``x + y * gate``, or ``x + y`` where the norm gave no gate."""
     return x + y if gate is None else x + y * gate
 

@@ -38,7 +38,7 @@ def with_action_blocks(
     top = jnp.concatenate([attention_mask(valid, ar), blind], axis=2)
     bottom = jnp.concatenate([sees_prefix, sees_actions], axis=2)
     steps = jnp.tile(jnp.arange(horizon, dtype=jnp.int32), draws)
-    after = jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None] + steps
+    after = jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None] + steps[None]
     return jnp.concatenate([top, bottom], axis=1), jnp.concatenate([positions(valid), after], axis=1)
 
 

@@ -7,7 +7,7 @@ from einops import rearrange
 
 from fusevla.arrays import Array, Float, Key
 from fusevla.model.attention import Implementation, attention
-from fusevla.model.layers import Dense, LayerNorm, checkpointed, lecun_normal
+from fusevla.model.layers import Dense, LayerNorm, checkpointed, lecun_normal, like
 from fusevla.presets import Remat, VisionConfig
 
 
@@ -19,7 +19,8 @@ class Projection(eqx.Module):
 
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """``einsum(equation, x, kernel) + bias`` in x's dtype."""
-        return jnp.einsum(equation, x, self.kernel.astype(x.dtype)) + self.bias.astype(x.dtype)
+        y = jnp.einsum(equation, x, self.kernel.astype(x.dtype))
+        return y + like(self.bias, y)
 
 
 class SelfAttention(eqx.Module):

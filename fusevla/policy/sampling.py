@@ -101,7 +101,9 @@ def append_token(model: Pi0Fuse, state: Prefilled, token: Int[Array, " b"], pres
     logits = model.embedder.unembed(final)
     ids = protocol_ids(model.config.vocab_size)
     decision = logits[:, jnp.array([ids.bor, ids.boa])]
-    return Prefilled(cache, valid, state.length + present.astype(jnp.int32), state.used + 1, final, logits, decision, state.reserve)
+    return Prefilled(
+        cache, valid, state.length + present.astype(jnp.int32), state.used + 1, final, logits, decision, state.reserve
+    )
 
 
 def reason(
@@ -126,7 +128,7 @@ def reason(
 
     def decode(carry):
         step, done, out, state = carry
-        choice = _choose(state.logits + blocked, keys[step], temperature)
+        choice = _choose(state.logits + blocked[None], keys[step], temperature)
         token = jnp.where(step == 0, ids.bor, jnp.where(done, ids.pad, choice)).astype(jnp.int32)
         state = append_token(model, state, token, jnp.logical_not(done))
         return step + 1, done | (token == ids.eos), out.at[:, step].set(token), state
@@ -160,7 +162,9 @@ def sample_actions(
 def denoise(model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], num_steps: int) -> Float[Array, "b r h a"]:
     """Euler from t=1 (noise) to t=0 with dt = -1/num_steps; the action blocks get cache slots of their own."""
     room = noise.shape[1] * noise.shape[2]
-    state = eqx.tree_at(lambda s: (s.cache, s.valid), state, (_grown(state.cache, room), jnp.pad(state.valid, ((0, 0), (0, room)))))
+    state = eqx.tree_at(
+        lambda s: (s.cache, s.valid), state, (_grown(state.cache, room), jnp.pad(state.valid, ((0, 0), (0, room))))
+    )
     step = partial(_euler_step, model, state, -1.0 / num_steps)
     (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
     return actions
@@ -175,7 +179,7 @@ def _euler_step(model: Pi0Fuse, state: Prefilled, dt: float, carry: tuple[Array,
         (model.action,),
         (embed_actions(model, x, jnp.full((batch, draws), time)),),
         blocks_after_cache(state.valid, slot, draws, horizon),
-        state.length[:, None] + steps,
+        state.length[:, None] + steps[None],
         implementation=model.config.attention,
         cache=state.cache,
         slot=slot,
