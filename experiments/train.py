@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 import tyro
 
 from fusevla.presets import PRESETS, Freeze
-from fusevla.train.request import TOY, Request, RequestError, describe, missing, resolve
+from fusevla.train.missing import describe, missing
+from fusevla.train.request import TOY, Request, RequestError, resolve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +18,7 @@ from fusevla.arrays import Batch
 from fusevla.data.batch import Sample, collate
 from fusevla.data.lerobot_meta import LeRobotError
 from fusevla.data.loader import Loader, Source, make_loader
+from fusevla.evaluate.machine import peak_memory, versions
 from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
 from fusevla.evaluate.report import plot_batch, plot_losses
 from fusevla.model import fetch
@@ -33,6 +30,7 @@ from fusevla.train.job import (
     Material,
     abstract_trainable,
     base_of,
+    combine,
     make_model,
     prepare,
     restore_frozen,
@@ -48,7 +46,6 @@ from fusevla.train.step import CompiledSteps, augment_batch
 
 EXPECTED = (RequestError, CheckpointError, fetch.CheckpointError, LeRobotError, FreezeError, NonFiniteError, FileNotFoundError)
 """Errors whose message says what is wrong and what to do: a script prints it without a traceback."""
-PACKAGES = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +154,7 @@ class Run:
             plot_batch(seen, self.material.tokenizer, picture)
         steps.compile(self.state, self.frozen, first, self.preset.data.text_buckets)
         times = ", ".join(f"{length} ({seconds:.1f} s)" for length, seconds in steps.seconds.items())
-        self._say(f"compiled the step for text buckets: {times}; nothing is compiled later")
+        self._say(f"compiled the step for text buckets: {times}; no step is compiled later")
         return itertools.chain([first], batches)
 
     def _evaluator(self) -> Evaluator | None:
@@ -194,7 +191,7 @@ class Run:
         rows, held_out = read_rows(self.out / "metrics.jsonl"), read_rows(self.out / "validation.jsonl")
         first, last = (rows[0], rows[-1]) if rows else ({}, {})
         losses = ("loss", "text_loss", "action_loss")
-        summary = {
+        return {
             "preset": self.preset.name,
             "steps": self.preset.train.steps,
             "resumed_from": start or None,
@@ -216,7 +213,6 @@ class Run:
             "paths": {"out": str(self.out), "data": self.preset.data.data, "weights": self.base.path, **self._files()},
             "run": dataclasses.asdict(self.preset),
         }
-        return summary
 
     def _files(self) -> dict[str, str]:
         names = ("metrics.jsonl", "validation.jsonl", "summary.json", "losses.png", "batch.png", "checkpoints")
@@ -241,19 +237,6 @@ class Run:
 def format_figures(figures: dict[str, Any]) -> str:
     """``name value`` pairs in one line."""
     return ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in figures.items())
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide numbers."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-
-
-def peak_memory() -> dict[str, int | None]:
-    """Peak bytes of this process, and of its first device where that is known."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_memory_bytes": stats.get("peak_bytes_in_use", host), "peak_host_bytes": host}
 
 
 def _prepared(preset: Preset, tokenizer: str, resumed: RunInfo | None = None) -> Material:
@@ -310,8 +293,6 @@ def load_policy(checkpoints: Path, step: int | None = None) -> tuple[Pi0Fuse, Ru
 
     Raises ``CheckpointError``.
     """
-    from fusevla.train.job import combine
-
     info, mesh = read_info(checkpoints, step), make_mesh(jax.devices()[:1])
     state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
     model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))

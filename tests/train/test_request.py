@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fusevla.presets import LIBERO10, LIBERO100, PI05, TINY, Preset, ScheduleConfig
-from fusevla.train.request import Request, RequestError, conflicts, continued, describe, missing, resolve
+from fusevla.train.missing import describe, missing
+from fusevla.train.request import Request, RequestError, conflicts, continued, resolve
 
 
 @pytest.fixture(autouse=True)
