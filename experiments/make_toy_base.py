@@ -217,7 +217,7 @@ def main(args: Args) -> None:
     """Trains the base and writes everything that belongs to it."""
     from fusevla.data.normalize import save_norm_stats
     from fusevla.data.toy import norm_stats
-    from fusevla.data.toy_assets import toy_tokenizer
+    from fusevla.data.toy_text import toy_tokenizer
     from fusevla.model.openpi import save_params
 
     args.out.mkdir(parents=True, exist_ok=True)

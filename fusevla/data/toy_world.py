@@ -36,9 +36,12 @@ COLORS: Final[dict[str, tuple[int, int, int]]] = {
     "pink": (255, 0, 255),
     "cyan": (0, 255, 255),
 }
-"""The blocks' colours: corners of the RGB cube. The two corners left, white and black, are the tray and the gripper."""
+"""The blocks' colours: corners of the RGB cube. The tray is white, the gripper grey, both tables dark."""
 
-_BACKGROUND = 128.0
+_BACKGROUND = {"base_0_rgb": 70.0, "left_wrist_0_rgb": 0.0}
+# Each camera has an exposure of its own: image tokens carry no camera embedding, so the picture must say whose it is. Dark,
+# because against a mid-grey complementary colours are opposite vectors, which nothing linear can call "a block".
+_GRIPPER = (150, 150, 150)
 _BLOCK_HALF = 0.4
 _SUNK_HALF = 0.23  # what shows of a block in the tray
 _WRIST_SPAN = 8.0
@@ -132,13 +135,13 @@ def draw(world: World, *, size: int = IMAGE_SIZE) -> dict[str, UInt8[np.ndarray,
     """Both camera images, uint8, keyed by the model's camera names ``base_0_rgb`` and ``left_wrist_0_rgb``."""
     corner = np.zeros(2)
     return {
-        "base_0_rgb": _view(world, corner, float(TABLE), size),
-        "left_wrist_0_rgb": _view(world, world.gripper - _WRIST_SPAN / 2, _WRIST_SPAN, size),
+        "base_0_rgb": _view(world, corner, float(TABLE), size, _BACKGROUND["base_0_rgb"]),
+        "left_wrist_0_rgb": _view(world, world.gripper - _WRIST_SPAN / 2, _WRIST_SPAN, size, _BACKGROUND["left_wrist_0_rgb"]),
     }
 
 
-def _view(world: World, corner: np.ndarray, span: float, size: int) -> np.ndarray:
-    canvas = np.full((size, size, 3), _BACKGROUND, np.float32)
+def _view(world: World, corner: np.ndarray, span: float, size: int, background: float) -> np.ndarray:
+    canvas = np.full((size, size, 3), background, np.float32)
     scale = size / span
 
     def rectangle(centre: np.ndarray, half: tuple[float, float], color: tuple[int, int, int]) -> None:
@@ -153,7 +156,7 @@ def _view(world: World, corner: np.ndarray, span: float, size: int) -> np.ndarra
         rectangle(world.blocks[i], (half, half), COLORS[world.colors[i]])
     gap = 0.3 + 0.2 * world.opening
     for side in (-1.0, 1.0):
-        rectangle(world.gripper + np.array([side * gap, 0.0]), (0.08, 0.25), (0, 0, 0))
+        rectangle(world.gripper + np.array([side * gap, 0.0]), (0.08, 0.25), _GRIPPER)
     return np.rint(canvas).astype(np.uint8)
 
 

@@ -24,7 +24,7 @@ from fusevla.data.toy import (
     succeeded,
     write_toy_set,
 )
-from fusevla.data.toy_assets import toy_set, toy_tokenizer
+from fusevla.data.toy_text import toy_tokenizer
 from fusevla.data.toy_world import COLORS, state, step
 
 seeds = st.integers(0, 2**32 - 1)
@@ -177,12 +177,3 @@ def test_tokenizer_has_a_piece_per_colour_and_loses_nothing(plans):
             assert tokenizer.decode(tokenizer.encode(segment["content"])) == segment["content"]
             assert len(tokenizer.encode(segment["content"])) < 48
     assert toy_tokenizer() == tokenizer
-
-
-def test_the_set_is_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusevla.data.toy_assets.EPISODES", 2)
-    monkeypatch.setenv("FUSEVLA_CACHE", str(tmp_path))
-    made = toy_set()
-    before = (made / "meta/info.json").stat().st_mtime_ns
-    assert toy_set() == made
-    assert (made / "meta/info.json").stat().st_mtime_ns == before

@@ -124,10 +124,11 @@ def test_cameras_show_what_is_where():
     per_cell = IMAGE_SIZE // TABLE
     assert tuple(base[int(1.5 * per_cell), int(1.5 * per_cell)]) == COLORS["red"]
     assert tuple(base[per_cell // 2, int(3.5 * per_cell)]) == (255, 255, 255)
-    assert tuple(base[per_cell // 2, per_cell // 2]) == (128, 128, 128)
+    assert tuple(base[per_cell // 2, per_cell // 2]) == (70, 70, 70)
+    assert tuple(wrist[0, 0]) == (0, 0, 0)
     # the blue block is one cell up and left of the gripper, which is the wrist camera's centre
-    middle, half_cell = IMAGE_SIZE // 2, per_cell // 2
-    assert tuple(wrist[middle - half_cell, middle - half_cell]) == COLORS["blue"]
+    middle, cell = IMAGE_SIZE // 2, IMAGE_SIZE // 8
+    assert tuple(wrist[middle - cell, middle - cell]) == COLORS["blue"]
 
 
 def test_drawing_is_smooth():

@@ -1,20 +1,11 @@
-"""What belongs to the toy besides its episodes: normalisation, tokenizer, the base checkpoint in the package, the set on disk."""
+"""The toy's tokenizer: every text of its world, colours as words of their own, fixed phrases as single pieces."""
 
-import os
-from pathlib import Path
 from typing import Final
 
 from fusevla.data.annotations import initial_content, plan_thought, with_instruction
-from fusevla.data.toy import RELATIONS, subgoal, write_toy_set
+from fusevla.data.toy import RELATIONS, subgoal
 from fusevla.data.toy_world import COLORS
 from fusevla.tokens.tokenizer import Tokenizer, train_tokenizer
-
-BASE: Final = Path(__file__).parent.parent / "assets" / "toy_base"
-"""``params`` (openpi's layout), ``tokenizer.model`` and ``norm_stats.json``; made by experiments/make_toy_base.py."""
-EPISODES: Final = 700
-"""Of the fine-tuning set, about 32 frames each."""
-SEED: Final = 1
-
 
 SYMBOLS: Final = (
     "Instruction: ", " \nPlan:", " TBD", "\n What I have done:", "\nNow I need to do:", "put the", " put the",
@@ -36,15 +27,3 @@ def corpus() -> list[str]:
 def toy_tokenizer() -> Tokenizer:
     """The toy's SentencePiece model, made anew (the same bytes every time)."""
     return train_tokenizer(corpus(), symbols=SYMBOLS, join_newlines=False)
-
-
-def toy_set(root: str | os.PathLike[str] | None = None) -> Path:
-    """The fine-tuning set, written on first use (about half a minute, 30 MB); by default into the cache.
-
-    The cache is ``$FUSEVLA_CACHE`` (default ``~/.cache/fusevla``); the folder's name says what it holds.
-    """
-    cache = Path(os.environ.get("FUSEVLA_CACHE", "~/.cache/fusevla")).expanduser()
-    folder = cache / f"toy-{EPISODES}-{SEED}" if root is None else Path(root)
-    if not (folder / "meta" / "info.json").is_file():
-        write_toy_set(folder, "plans", EPISODES, SEED)
-    return folder
