@@ -152,7 +152,7 @@ class Run:
             key = jax.random.split(step_key(self.state))[0]
             seen = jax.device_get(jax.jit(augment_batch, static_argnums=2)(first, key, self.preset.train.augment))
             plot_batch(seen, self.material.tokenizer, picture)
-        steps.compile(self.state, self.frozen, first, self.preset.data.text_buckets)
+        steps.compile(self.state, self.frozen, first, self.material.lengths)
         times = ", ".join(f"{length} ({seconds:.1f} s)" for length, seconds in steps.seconds.items())
         self._say(f"compiled the step for text buckets: {times}; no step is compiled later")
         return itertools.chain([first], batches)
@@ -164,7 +164,7 @@ class Run:
             pick_held_out(self.material.held_out, self.options.eval_samples),
             self.material.tokenizer,
             self.mesh,
-            text_buckets=sorted({*self.preset.data.text_buckets, self.material.held_out.max_len}),
+            text_buckets=self.preset.data.text_buckets,
             mean_action=training_mean(self.material.training),
             num_steps=self.preset.num_steps,
         )

@@ -52,6 +52,12 @@ class Material:
     training: SampleSource
     held_out: SampleSource | None
 
+    @property
+    def lengths(self) -> list[int]:
+        """Text lengths that training batches can have: what the step is compiled for."""
+        buckets = sorted(self.preset.data.text_buckets)
+        return [bucket for bucket in buckets if bucket <= bucket_for(longest_text(self.training), buckets)]
+
 
 def make_toy_set(folder: Path) -> None:
     """Writes the toy's demonstrations where they are not there yet; an interrupted attempt leaves nothing behind."""
@@ -101,18 +107,23 @@ def make_stats(data: DataConfig, frames: LeRobotSet, training: Sequence[int]) ->
 
 
 def choose_buckets(source: SampleSource, batch_size: int) -> tuple[int, ...]:
-    """The buckets of the preset that batches of this size will use, the longest possible sample's included.
+    """The buckets of the preset that batches of this size will use, those of the longest possible sample and text included.
 
     Lengths are measured on a fixed draw of samples, without decoding an image.
     """
     candidates = sorted({min(bucket, source.max_len) for bucket in source.data.text_buckets} | {source.max_len})
-    top = bucket_for(min(max(source.report.longest.values()), source.max_len), candidates)
+    top = bucket_for(longest_text(source), candidates)
     generator = np.random.default_rng(LENGTH_SEED)
-    indices = generator.integers(0, len(source), MEASURED)
-    lengths = np.array([_text_length(source, int(index)) for index in indices])
-    longest = lengths[: MEASURED // batch_size * batch_size].reshape(-1, batch_size).max(axis=1)
-    used = np.array([bucket_for(int(length), candidates) for length in longest])
-    return tuple(bucket for bucket in candidates if bucket == top or (bucket < top and (used == bucket).mean() >= RARE))
+    indices = generator.integers(0, len(source), (max(MEASURED // batch_size, 16), batch_size))
+    longest = [max(_text_length(source, int(index)) for index in batch) for batch in indices]
+    used = np.array([bucket_for(length, candidates) for length in longest])
+    common = {bucket for bucket in candidates if bucket < top and (used == bucket).mean() >= RARE}
+    return tuple(sorted(common | {top, source.max_len}))
+
+
+def longest_text(source: SampleSource) -> int:
+    """Tokens of the longest text that the source can draw."""
+    return min(max(source.report.longest.values()), source.max_len)
 
 
 def _text_length(source: SampleSource, index: int) -> int:

@@ -85,7 +85,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path: Path,
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "summary.json").exists()
-    resumed = run(tmp_path, "--resume", "--out", "killed")
+    resumed = run(tmp_path, "--resume", "--out", "killed", "--eval-samples", "4")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step" in resumed.stdout
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")

@@ -34,8 +34,11 @@ def material(preset: Preset) -> job.Material:
 
 def test_vocabulary_and_buckets_follow_the_set(material: job.Material) -> None:
     assert material.preset.model.vocab_size == material.tokenizer.vocab_size <= TINY.vocab_size
-    assert material.preset.data.text_buckets == (128,)
+    assert material.preset.data.text_buckets == (128, 415)
+    assert material.lengths == [128]
     assert max(material.training.report.longest.values()) <= 128
+    assert material.held_out is not None
+    assert material.training.max_len == material.held_out.max_len == 415
 
 
 def test_statistics_are_of_the_training_episodes(material: job.Material, libero_sample: Path) -> None:
@@ -58,6 +61,9 @@ def test_a_resumed_run_sees_the_same_samples(material: job.Material) -> None:
     base = job.base_of(small_model(), None)
     again = job.prepare(material.preset, "ignored", job.run_info(material, base, {}))
     assert again.preset == material.preset
+    assert again.lengths == material.lengths
+    assert again.held_out is not None
+    assert again.held_out.max_len == 415
     for index in (0, 700, 1400):
         first, second = material.training(index, 3, 42), again.training(index, 3, 42)
         np.testing.assert_array_equal(first.text.tokens, second.text.tokens)
@@ -106,3 +112,15 @@ def test_other_base_weights_are_refused(weights: Path, tmp_path: Path, material:
     info = dataclasses.replace(job.run_info(material, base, {}), preset=preset)
     with pytest.raises(CheckpointError, match="expected the frozen leaves this run began with"):
         job.restore_frozen(tmp_path, info, MESH)
+
+
+def test_small_buckets_are_used_where_batches_are_short(preset: Preset, material: job.Material) -> None:
+    data = dataclasses.replace(material.preset.data, text_buckets=(40, 64, 96, 110, 128, 415))
+    resized = dataclasses.replace(material.preset, data=data)
+    source = job.prepare(
+        resized, "", job.run_info(dataclasses.replace(material, preset=resized), job.base_of(small_model(), None), {})
+    )
+    alone, many = job.choose_buckets(source.training, 1), job.choose_buckets(source.training, 64)
+    assert {64, 110, 415} <= set(alone)
+    assert 64 not in many
+    assert max(source.training.report.longest.values()) <= 110
