@@ -22,7 +22,7 @@ def _download(preset: Preset) -> str:
     return (
         f"pip install huggingface_hub, then\n"
         f"      hf download {published.dataset} --repo-type dataset --local-dir data/{published.folder}\n"
-        f"    (about {published.gigabytes} GB; found there without a flag), or give any LeRobot folder with --data DIR"
+        f"    (found there without a flag), or give any LeRobot folder with --data DIR"
     )
 
 

@@ -27,13 +27,12 @@ class Published:
     dataset: str
     annotations: str
     folder: str
-    gigabytes: int
 
 
 PUBLISHED = {
-    "libero10": Published("yilin-wu/libero-10", "libero-10-r", "libero-10", 4),
-    "libero100": Published("yilin-wu/libero-100", "libero-100-r", "libero-100", 40),
-    "libero100-basket": Published("yilin-wu/libero-100", "libero-100-basket-r", "libero-100", 40),
+    "libero10": Published("yilin-wu/libero-10", "libero-10-r", "libero-10"),
+    "libero100": Published("yilin-wu/libero-100", "libero-100-r", "libero-100"),
+    "libero100-basket": Published("yilin-wu/libero-100", "libero-100-basket-r", "libero-100"),
 }
 
 
