@@ -80,8 +80,8 @@ def token_nll(
     def skip(index: Array, use: Array) -> tuple[Array, Array]:
         return jnp.zeros(index.shape, jnp.float32), jnp.zeros(index.shape, bool)
 
-    def step(carry, chunk_index):
-        index, use = chunk_index
+    def step(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        index, use = part
         return carry, jax.lax.cond(jnp.any(use), jax.checkpoint(of_chunk), skip, index, use)
 
     _, (nll, hit) = jax.lax.scan(step, None, (padded, wanted[padded] & fresh))
@@ -119,7 +119,7 @@ def sample_losses(model: Pi0Fuse, batch: Batch, flow: Flow, *, mask_padded_actio
 
 def joint_loss(
     model: Pi0Fuse, batch: Batch, key: Key, *, coeff: float = 1.0, flow_draws: int = 1, mask_padded_actions: bool = True
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The batch loss and its metrics.
 
     ``text_loss`` and ``action_loss`` are means over the samples that have that part; ``token_accuracy`` is over all targets.
@@ -127,7 +127,7 @@ def joint_loss(
     losses = sample_losses(model, batch, draw_flow(key, batch.actions, flow_draws), mask_padded_actions=mask_padded_actions)
     loss = jnp.mean(losses.text + coeff * losses.action)
     has_text, has_action = losses.targets > 0, batch.diffusion_loss_mask
-    metrics = {
+    metrics: dict[str, Array] = {
         "loss": loss,
         "text_loss": _mean_where(losses.text, has_text),
         "action_loss": _mean_where(losses.action, has_action),
@@ -138,9 +138,9 @@ def joint_loss(
     return loss, metrics
 
 
-def _mean_where(values: Array, where: Array) -> jax.Array:
+def _mean_where(values: Array, where: Array) -> Array:
     return _ratio(jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where))
 
 
-def _ratio(total: Array, count: Array) -> jax.Array:
+def _ratio(total: Array, count: Array) -> Array:
     return total.astype(jnp.float32) / jnp.maximum(count.astype(jnp.float32), 1.0)

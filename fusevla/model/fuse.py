@@ -76,7 +76,7 @@ def abstract(config: ModelConfig) -> Pi0Fuse:
     return jax.eval_shape(lambda key: init(config, key), ShapeDtypeStruct((), jax.random.key(0).dtype))
 
 
-def to_float(image: Array) -> jax.Array:
+def to_float(image: Array) -> Float[Array, "b height width 3"]:
     """uint8 [0, 255] to float32 [-1, 1]; float images pass."""
     return image.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if image.dtype == jnp.uint8 else jnp.asarray(image)
 
@@ -100,11 +100,11 @@ def embed_prefix(model: Pi0Fuse, observation: Observation) -> Prefix:
     """Cameras in the order of their names, then text. A camera that is not in ``images`` costs nothing."""
     images = embed_images(model, observation.images) if observation.images else {}
     text = model.embedder.embed(observation.tokens, model.config.dtype)
-    valid = [jnp.repeat(observation.image_masks[name][:, None], x.shape[1], axis=1) for name, x in images.items()]
-    valid = jnp.concatenate([*valid, observation.token_mask], axis=1)
-    ar = jnp.zeros((valid.shape[0], valid.shape[1] - text.shape[1]), bool)
+    seen = [jnp.repeat(observation.image_masks[name][:, None], x.shape[1], axis=1) for name, x in images.items()]
     return Prefix(
-        jnp.concatenate([*images.values(), text], axis=1), valid, jnp.concatenate([ar, observation.token_ar_mask], axis=1)
+        tokens=jnp.concatenate([*images.values(), text], axis=1),
+        valid=jnp.concatenate([*seen, observation.token_mask], axis=1),
+        ar=jnp.concatenate([*(jnp.zeros(mask.shape, bool) for mask in seen), observation.token_ar_mask], axis=1),
     )
 
 

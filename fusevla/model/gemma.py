@@ -4,6 +4,8 @@ In every layer each expert projects its own tokens, queries, keys and values are
 attention runs once, and each expert projects its own part back. Layers are stacked on axis 0 and scanned.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,9 @@ class KVCache(eqx.Module):
     value: Float[Array, "*layers b c m e"]
 
 
+Carry = tuple[tuple[Array, ...], KVCache]
+
+
 class Stream(eqx.Module):
     """What one expert brings to the shared attention: its tokens, and the flow-time condition of its norms (or None)."""
 
@@ -71,14 +76,14 @@ def transformer(
     attention runs over all c slots (k = c). The updated cache comes back if ``keep_cache``; otherwise None.
     """
 
-    def block(tokens: tuple[Array, ...], layers: tuple[ExpertLayer, ...], past: KVCache | None):
+    def block(tokens: tuple[Array, ...], layers: tuple[ExpertLayer, ...], past: KVCache | None) -> Carry:
         joined = tuple(Stream(x, stream.cond) for x, stream in zip(tokens, streams, strict=True))
         return _block(layers, joined, mask, positions, implementation, past, slot)
 
-    block = checkpointed(block, remat)
+    run = checkpointed(block, remat)
 
-    def step(tokens, layer):
-        tokens, kept = block(tokens, *layer)
+    def step(tokens: tuple[Array, ...], layer: Any) -> tuple[tuple[Array, ...], KVCache | None]:
+        tokens, kept = run(tokens, *layer)
         return tokens, (kept if keep_cache else None)
 
     stacks = (tuple(expert.layers for expert in experts), cache)
@@ -95,7 +100,7 @@ def _block(
     implementation: Implementation,
     cache: KVCache | None,
     slot: Array | int,
-) -> tuple[tuple[Array, ...], KVCache]:
+) -> Carry:
     """One layer of every expert around their shared attention."""
     normed = [layer.pre_attention_norm(s.tokens, s.cond) for layer, s in zip(layers, streams, strict=True)]
     query = jnp.concatenate([layer.q("bsd,nde->bsne", x) for layer, (x, _) in zip(layers, normed, strict=True)], axis=1)

@@ -64,7 +64,7 @@ class Einsum(eqx.Module):
         if self.adapter is None:
             return y
         inputs, weight, outputs = equation.replace("->", ",").split(",")
-        contracted, produced = weight[-2:]
+        contracted, produced = weight[-2], weight[-1]
         low = outputs.replace(produced, "L")
         down = jnp.einsum(f"{inputs},{weight.replace(produced, 'L')}->{low}", x, self.adapter.a.astype(x.dtype))
         up = jnp.einsum(f"{low},{weight.replace(contracted, 'L')}->{outputs}", down, self.adapter.b.astype(x.dtype))
@@ -96,8 +96,8 @@ class RMSNorm(eqx.Module):
 
     scale: Float[Array, "*layers d"]
 
-    def __call__(self, x: Float[Array, "b s d"], cond: None = None) -> tuple[Float[Array, "b s d"], None]:
-        """Returns (normalised x, no gate); ``cond`` exists so that both norms are called alike."""
+    def __call__(self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"] | None = None) -> tuple[Float[Array, "b s d"], None]:
+        """Returns (normalised x, no gate); ``cond`` exists so that both norms are called alike, and means nothing here."""
         normed = rms_normalize(x)
         return (normed * (1 + like(self.scale, normed))).astype(x.dtype), None
 
@@ -108,9 +108,11 @@ class AdaRMSNorm(eqx.Module):
     modulation: Dense
 
     def __call__(
-        self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"]
+        self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"] | None
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
         """Returns (modulated x, gate). The s tokens are r equal blocks, one for each condition."""
+        if cond is None:
+            raise ValueError("AdaRMSNorm needs the embedding of the flow time")
         per_block = self.modulation(cond.astype(x.dtype))
         per_token = jnp.repeat(per_block, x.shape[1] // cond.shape[1], axis=1)
         scale, shift, gate = jnp.split(per_token, 3, axis=-1)

@@ -1,12 +1,12 @@
 """Low-rank adapters: put on, taken off, merged (Hu et al. 2021; rsLoRA: Kalajdzievski 2023)."""
 
 import dataclasses
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fusevla.arrays import Key
+from fusevla.arrays import Array, Key
 from fusevla.model.gemma import Expert
 from fusevla.model.layers import Einsum, LowRank
 from fusevla.presets import LoraConfig
@@ -30,7 +30,7 @@ def attach_lora(expert: Expert, config: LoraConfig | None, key: Key) -> Expert:
     for name, part in zip((*ATTENTION, *FEED_FORWARD), jax.random.split(key, 5), strict=True):
         weight = getattr(expert.layers, name).weight
         adapter = _init_adapter(weight.shape, config, name in FEED_FORWARD, part) if config and name in names else None
-        expert = _set_adapter(expert, name, adapter)
+        expert = _replaced(expert, name, Einsum(weight, adapter))
     return expert
 
 
@@ -43,7 +43,7 @@ def merge_lora(expert: Expert) -> Expert:
     for name in (*ATTENTION, *FEED_FORWARD):
         part: Einsum = getattr(expert.layers, name)
         if part.adapter is not None:
-            expert = eqx.tree_at(lambda e, name=name: getattr(e.layers, name), expert, Einsum(_merged(part, name)))
+            expert = _replaced(expert, name, Einsum(_merged(part.weight, part.adapter, name == "out")))
     return expert
 
 
@@ -59,14 +59,12 @@ def _init_adapter(shape: tuple[int, ...], config: LoraConfig, feed_forward: bool
     return LowRank(a, jnp.zeros((*shape[:-2], config.rank, shape[-1]), jnp.float32), scale)
 
 
-def _set_adapter(expert: Expert, name: str, adapter: LowRank | None) -> Expert:
-    slot = getattr(expert.layers, name)
-    return eqx.tree_at(lambda e: getattr(e.layers, name), expert, dataclasses.replace(slot, adapter=adapter))
+def _replaced(expert: Expert, name: str, part: Einsum) -> Expert:
+    changes: dict[str, Any] = {name: part}
+    return dataclasses.replace(expert, layers=dataclasses.replace(expert.layers, **changes))
 
 
-def _merged(part: Einsum, name: str) -> jax.Array:
-    a, b = part.adapter.a, part.adapter.b
-    if name == "out":
-        b = jnp.broadcast_to(jnp.sum(b, axis=-3, keepdims=True), b.shape)
-    update = part.adapter.scale * jnp.einsum("...ir,...ro->...io", a.astype(jnp.float32), b.astype(jnp.float32))
-    return (part.weight.astype(jnp.float32) + update).astype(part.weight.dtype)
+def _merged(weight: Array, adapter: LowRank, sums_heads: bool) -> Array:
+    b = jnp.broadcast_to(jnp.sum(adapter.b, axis=-3, keepdims=True), adapter.b.shape) if sums_heads else adapter.b
+    update = adapter.scale * jnp.einsum("...ir,...ro->...io", adapter.a.astype(jnp.float32), b.astype(jnp.float32))
+    return (weight.astype(jnp.float32) + update).astype(weight.dtype)

@@ -112,7 +112,7 @@ def init_siglip(config: VisionConfig, out_width: int, key: Key) -> SigLIP:
 def _init_layer(d: int, heads: int, mlp: int, key: Key) -> VisionLayer:
     e = d // heads
     q, k, v, out, up, down = jax.random.split(key, 6)
-    project = [Projection(lecun_normal(part, (d, heads, e), d), jnp.zeros((heads, e))) for part in (q, k, v)]
-    attn = SelfAttention(*project, out=Projection(lecun_normal(out, (heads, e, d), d), jnp.zeros(d)))
+    project = lambda part: Projection(lecun_normal(part, (d, heads, e), d), jnp.zeros((heads, e)))
+    attn = SelfAttention(project(q), project(k), project(v), Projection(lecun_normal(out, (heads, e, d), d), jnp.zeros(d)))
     norm = LayerNorm(jnp.ones(d), jnp.zeros(d))
     return VisionLayer(norm, attn, norm, Mlp(init_dense(up, d, mlp), init_dense(down, mlp, d)))

@@ -5,6 +5,7 @@ so that every sample of a mixed batch gives what it gives alone.
 """
 
 from functools import partial
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -18,6 +19,8 @@ from fusevla.tokens.protocol import protocol_ids
 
 MAX_NEW_TOKENS = 256
 NEVER = -1e30
+Decoding = tuple[jax.Array, jax.Array, jax.Array, "Prefilled"]
+"""While text is decoded: step, which samples are done, tokens so far, state."""
 
 
 class Prefilled(eqx.Module):
@@ -64,18 +67,16 @@ def _encode(model: Pi0Fuse, prefix: Prefix, reserve: int) -> Prefilled:
     slots = prefix.valid.shape[1]
     last = slots - 1 - jnp.argmax(jnp.flip(prefix.valid, axis=1), axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    logits = model.embedder.unembed(final)
+    grown = _grown(cast(KVCache, cache), reserve)
+    valid = jnp.pad(prefix.valid, ((0, 0), (0, reserve)))
+    length = jnp.sum(prefix.valid, axis=1, dtype=jnp.int32)
+    return _state(model, grown, valid, length, jnp.int32(slots), final, reserve)
+
+
+def _state(model: Pi0Fuse, cache: KVCache, valid: Array, length: Array, used: Array, hidden: Array, reserve: int) -> Prefilled:
+    logits = model.embedder.unembed(hidden)
     ids = protocol_ids(model.config.vocab_size)
-    return Prefilled(
-        cache=_grown(cache, reserve),
-        valid=jnp.pad(prefix.valid, ((0, 0), (0, reserve))),
-        length=jnp.sum(prefix.valid, axis=1, dtype=jnp.int32),
-        used=jnp.int32(slots),
-        hidden=final,
-        logits=logits,
-        decision=logits[:, jnp.array([ids.bor, ids.boa])],
-        reserve=reserve,
-    )
+    return Prefilled(cache, valid, length, used, hidden, logits, logits[:, jnp.array([ids.bor, ids.boa])], reserve)
 
 
 def _grown(cache: KVCache, extra: int) -> KVCache:
@@ -98,12 +99,8 @@ def append_token(model: Pi0Fuse, state: Prefilled, token: Int[Array, " b"], pres
         keep_cache=True,
     )
     final = jnp.where(present[:, None], hidden[:, 0], state.hidden)
-    logits = model.embedder.unembed(final)
-    ids = protocol_ids(model.config.vocab_size)
-    decision = logits[:, jnp.array([ids.bor, ids.boa])]
-    return Prefilled(
-        cache, valid, state.length + present.astype(jnp.int32), state.used + 1, final, logits, decision, state.reserve
-    )
+    length = state.length + present.astype(jnp.int32)
+    return _state(model, cast(KVCache, cache), valid, length, state.used + 1, final, state.reserve)
 
 
 def reason(
@@ -122,11 +119,11 @@ def reason(
     keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
     out = jnp.full((batch, max_new_tokens), ids.pad, jnp.int32)
 
-    def unfinished(carry) -> Array:
+    def unfinished(carry: Decoding) -> jax.Array:
         step, done, *_ = carry
         return (step < max_new_tokens) & jnp.logical_not(jnp.all(done))
 
-    def decode(carry):
+    def decode(carry: Decoding) -> Decoding:
         step, done, out, state = carry
         choice = _choose(state.logits + blocked[None], keys[step], temperature)
         token = jnp.where(step == 0, ids.bor, jnp.where(done, ids.pad, choice)).astype(jnp.int32)
@@ -170,12 +167,14 @@ def denoise(model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], nu
     return actions
 
 
-def _euler_step(model: Pi0Fuse, state: Prefilled, dt: float, carry: tuple[Array, Array], _: None):
+def _euler_step(
+    model: Pi0Fuse, state: Prefilled, dt: float, carry: tuple[Array, Array], _: None
+) -> tuple[tuple[Array, Array], None]:
     x, time = carry
-    batch, draws, horizon, _ = x.shape
+    batch, draws, horizon = x.shape[:3]
     slot = state.valid.shape[1] - draws * horizon
     steps = jnp.tile(jnp.arange(horizon, dtype=jnp.int32), draws)
-    (hidden,), _ = transformer(
+    (hidden,), _unused = transformer(
         (model.action,),
         (embed_actions(model, x, jnp.full((batch, draws), time)),),
         blocks_after_cache(state.valid, slot, draws, horizon),
