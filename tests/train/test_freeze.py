@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 from pathlib import Path
 
 import equinox as eqx
@@ -14,6 +13,7 @@ from fusevla.model import fuse
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import PI05, TINY, Freeze, ModelConfig
 from fusevla.train.freeze import FreezeError, count_parameters, dtype_spec, has_adapters, partition, trainable_spec
+from tests.train.synthetic import small_model
 
 # Totals of openpi's own freeze filter over the real model, see listing/summary.json of the golden set:
 # (LoRA on language, LoRA on action) -> (trainable, frozen)
@@ -84,11 +84,6 @@ def test_all_but_lora_without_lora_is_refused() -> None:
         trainable_spec(model, "all_but_lora")
 
 
-@functools.cache
-def small_model() -> Pi0Fuse:
-    return jax.jit(functools.partial(fuse.init, TINY))(jax.random.key(0))
-
-
 @pytest.mark.parametrize("mode", ["llm", "all_but_lora", "none"])
 def test_partition_casts_and_recombines(mode: Freeze) -> None:
     model = small_model()
@@ -104,5 +99,5 @@ def test_partition_casts_and_recombines(mode: Freeze) -> None:
 
 def test_partition_works_on_abstract_leaves() -> None:
     trainable, frozen = partition(fuse.abstract(PI05), "llm")
-    assert count_parameters(trainable), count_parameters(frozen) == PUBLISHED[True, True]
+    assert (count_parameters(trainable), count_parameters(frozen)) == PUBLISHED[True, True]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((trainable, frozen)))
