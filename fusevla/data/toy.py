@@ -21,10 +21,9 @@ from fusevla.data.lerobot import EpisodeFrames, write_lerobot_v21
 from fusevla.data.normalize import NormStats, save_norm_stats
 from fusevla.data.toy_world import MAX_STEP, REACH, TABLE, World, draw, over_tray, random_world, state, step
 
-Family = Literal["left", "right", "top", "bottom", "open"]
 Kind = Literal["plans", "base"]
 
-RELATIONS: Final[dict[Family, tuple[str, Float[np.ndarray, "2"]]]] = {
+RELATIONS: Final[dict[str, tuple[str, Float[np.ndarray, "2"]]]] = {
     "left": (" from left to right", np.array([1.0, 0.0])),
     "right": (" from right to left", np.array([-1.0, 0.0])),
     "top": (" from top to bottom", np.array([0.0, 1.0])),
@@ -115,8 +114,8 @@ def plan_world(rng: np.random.Generator) -> tuple[str, World, tuple[int, ...]]:
 def plan_episode(rng: np.random.Generator) -> Episode:
     """A demonstration with a plan. It starts with a closed gripper that opens: that is when the first thought is due."""
     task, world, plan = plan_world(rng)
-    worlds, actions = [world], []
-    opened_at, placed_at = [], []
+    worlds, actions = [world], list[np.ndarray]()
+    opened_at, placed_at = list[int](), list[int]()
     for target in plan:
         while target not in worlds[-1].placed:
             if worlds[-1].opening == 1.0 and len(opened_at) == len(placed_at):
@@ -146,7 +145,7 @@ def base_episode(rng: np.random.Generator) -> Episode:
     if others and rng.random() < 0.5:
         other = str(rng.choice(others))
         task = f"leave the {other} block and {task}" if rng.random() < 0.5 else f"{task} and leave the {other} block"
-    worlds, actions = [world], []
+    worlds, actions = [world], list[np.ndarray]()
     while target not in worlds[-1].placed or worlds[-1].opening < 1.0:
         _advance(rng, worlds, actions, target)
     actions.append(expert(worlds[-1], target))
