@@ -207,9 +207,9 @@ TOY = Preset(
     model=TOY_MODEL,
     data=DataConfig(max_token_len=72, text_buckets=(72,)),
     train=TrainConfig(
-        steps=2_000,
+        steps=1_200,
         batch_size=32,
-        schedule=ScheduleConfig(peak=2e-3, end=1e-4, warmup_steps=100, decay_steps=2_000),
+        schedule=ScheduleConfig(peak=2e-3, end=1e-4, warmup_steps=100, decay_steps=1_200),
         flow_draws=4,
         augment=None,
         save_every=500,
