@@ -66,6 +66,7 @@ def token_nll(
     Exact for any number of wanted positions. They are moved to the front, and a scan takes ``chunk`` of them at a time, so
     that neither pass ever holds more than ``chunk`` x vocabulary logits; chunks with nothing wanted are skipped.
     """
+    targets, wanted = jnp.asarray(targets), jnp.asarray(wanted)  # NumPy cannot be indexed by a tracer
     chunk = min(chunk, targets.shape[0])
     order = jnp.argsort(jnp.logical_not(wanted), stable=True)
     padded = jnp.pad(order, (0, -order.shape[0] % chunk), mode="edge").reshape(-1, chunk)
