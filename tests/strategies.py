@@ -22,7 +22,8 @@ def text_masks(draw, batch: int = BATCH, length: int = TEXT) -> tuple[np.ndarray
 def any_masks(draw, batch: int = BATCH, length: int = TEXT) -> tuple[np.ndarray, np.ndarray]:
     """(valid, ar) without any structure."""
     bits = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
-    return tuple(np.array(draw(bits)).reshape(batch, length) for _ in range(2))
+    first, second = (np.array(draw(bits)).reshape(batch, length) for _ in range(2))
+    return first, second
 
 
 def seeds() -> st.SearchStrategy[int]:

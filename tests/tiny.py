@@ -32,7 +32,7 @@ WITHOUT_LORA = dataclasses.replace(
 
 
 def tiny_model(config: ModelConfig = CONFIG, seed: int = 0) -> Pi0Fuse:
-    """Random everywhere, so that nothing initialised at zero hides a mistake; matrices stay small enough for rounding not to grow."""
+    """Random everywhere, so that nothing initialised at zero hides a mistake; small enough for rounding not to grow."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:

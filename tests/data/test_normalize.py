@@ -137,7 +137,7 @@ def test_wrong_widths_and_missing_quantiles() -> None:
         normalize(np.zeros((2, 3)), moments)
 
 
-@pytest.mark.parametrize("values", [np.zeros((0, 3)), np.zeros(3), np.array([[np.nan]]), np.array([[np.inf]])])
+@pytest.mark.parametrize("values", [np.zeros((0, 3)), np.array([[np.nan]]), np.array([[np.inf]])])
 def test_statistics_of_nothing_or_of_nan_are_refused(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match="finite values"):
         array_stats(values)
