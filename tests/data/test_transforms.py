@@ -85,7 +85,7 @@ def test_same_size_is_left_alone_and_other_dtypes_are_refused() -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     assert resize_with_pad(image, 8, 8) is image
     for bad in (image.astype(np.float32), image[..., :1], image[0]):
-        with pytest.raises((ValueError, TypeCheckError), match="uint8|UInt8"):  # in tests the shape check speaks first
+        with pytest.raises((ValueError, TypeCheckError), match=r"uint8|UInt8"):  # in tests the shape check speaks first
             resize_with_pad(bad, 4, 4)
 
 
