@@ -51,7 +51,7 @@ AFTER_ADAM = 1e-4
 float32 step with its sums in another order moves the third gradient norm by 9e-5 and the weights by 3e-5 (measured)."""
 
 
-def close(ours: Any, theirs: Any, tag: str, what: str = "", at_most: float | None = None) -> None:
+def assert_close(ours: Any, theirs: Any, tag: str, what: str = "", at_most: float | None = None) -> None:
     error, allowed = relative_error(jnp.asarray(ours).astype(jnp.float32), theirs), at_most or tolerance(tag)
     assert error <= allowed, f"{tag} {what}: relative error {error:.2e} above {allowed:.1e}"
 
@@ -121,17 +121,17 @@ def test_training_forward(tag):
     stored, ours = GOLDEN.arrays(f"train_{tag}"), computed(tag)
     for name in ("x_t", "u_t", "suffix_tokens", "adarms_cond", "prefix_embeddings", "suffix_out", "v_t"):
         if name in stored:
-            close(ours[name], stored[name], tag, name, rounding_of(tag, name))
+            assert_close(ours[name], stored[name], tag, name, rounding_of(tag, name))
     np.testing.assert_array_equal(ours["positions"], stored["positions"])
     sample, j = stored["loss_positions"].T
-    close(
+    assert_close(
         ours["text_hidden"][sample, j],
         stored["prefix_out_at_loss"],
         tag,
         "prefix_out_at_loss",
         rounding_of(tag, "prefix_out_at_loss"),
     )
-    close(
+    assert_close(
         ours["logits"][sample, j],
         stored["text_logits_at_loss"],
         tag,
@@ -139,7 +139,7 @@ def test_training_forward(tag):
         rounding_of(tag, "text_logits_at_loss"),
     )
     if "prefix_out" in stored:  # rows of invalid tokens mean nothing
-        close(
+        assert_close(
             ours["prefix_out"][ours["valid"]],
             stored["prefix_out"][ours["valid"]],
             tag,
@@ -148,7 +148,7 @@ def test_training_forward(tag):
         )
     for camera, tokens in embed_images(golden_model(tag), GOLDEN.batch.observation.images).items():
         if f"siglip/{camera}" in stored:
-            close(tokens, stored[f"siglip/{camera}"], tag, camera)
+            assert_close(tokens, stored[f"siglip/{camera}"], tag, camera)
 
 
 @pytest.mark.parametrize("tag", [tag for tag in TRAIN if "attn_mask_packed" in GOLDEN.arrays(f"train_{tag}")])
@@ -166,14 +166,14 @@ def test_losses(tag):
     stored, coeff = GOLDEN.arrays(f"train_{tag}"), GOLDEN.config["diffusion_loss_coeff"]
     run = jax.jit(partial(sample_losses, mask_padded_actions=False))
     ours = run(golden_model(tag), GOLDEN.batch, GOLDEN.flow)
-    close(ours.text, stored["text_loss"], tag, "text_loss")
-    close(ours.action, stored["action_loss"], tag, "action_loss")
-    close(ours.text + coeff * ours.action, stored["loss"], tag, "loss")
-    close(jnp.mean(ours.text + coeff * ours.action), stored["mean_loss"], tag, "mean_loss")
+    assert_close(ours.text, stored["text_loss"], tag, "text_loss")
+    assert_close(ours.action, stored["action_loss"], tag, "action_loss")
+    assert_close(ours.text + coeff * ours.action, stored["loss"], tag, "loss")
+    assert_close(jnp.mean(ours.text + coeff * ours.action), stored["mean_loss"], tag, "mean_loss")
     if "loss_rng" in stored:
         drawn = draw_flow(jax.random.key(GOLDEN.config["seed"]), GOLDEN.batch.actions)
         ours = run(golden_model(tag), GOLDEN.batch, drawn)
-        close(ours.text + coeff * ours.action, stored["loss_rng"], tag, "loss_rng")
+        assert_close(ours.text + coeff * ours.action, stored["loss_rng"], tag, "loss_rng")
 
 
 @lru_cache(maxsize=2)
@@ -221,11 +221,11 @@ def test_gradients(tag):
     expected = {key.removeprefix("grad_norm/"): value for key, value in stored.items() if key.startswith("grad_norm/")}
     assert set(squares) == set(expected)
     for group, norm in expected.items():
-        close(np.sqrt(squares[group]), norm, tag, f"gradient norm of {group}", rounding_of(tag, f"grad_norm/{group}"))
-    close(np.sqrt(sum(squares.values())), stored["grad_norm_global"], tag, "global gradient norm")
+        assert_close(np.sqrt(squares[group]), norm, tag, f"gradient norm of {group}", rounding_of(tag, f"grad_norm/{group}"))
+    assert_close(np.sqrt(sum(squares.values())), stored["grad_norm_global"], tag, "global gradient norm")
     for key, value in stored.items():
         if key.startswith("grad/"):
-            close(ours[key.removeprefix("grad/")], value, tag, key, rounding_of(tag, key))
+            assert_close(ours[key.removeprefix("grad/")], value, tag, key, rounding_of(tag, key))
 
 
 @pytest.mark.slow
@@ -250,16 +250,16 @@ def test_three_steps(tag):
     state = optimizer.init(trainable)
     for i in range(len(stored["loss"])):
         trainable, state, value, norm = step(trainable, state)
-        close(value, stored["loss"][i], tag, f"loss {i}")
-        close(norm, stored["grad_norm"][i], tag, f"gradient norm {i}", AFTER_ADAM if i > 1 else None)
+        assert_close(value, stored["loss"][i], tag, f"loss {i}")
+        assert_close(norm, stored["grad_norm"][i], tag, f"gradient norm {i}", AFTER_ADAM if i > 1 else None)
     after = {path: leaf for path, leaf in GOLDEN.by_path(trainable).items() if not path.endswith("_0/key/bias")}
     # left out: an attention key's bias, whose gradient is rounding and nothing else, of which Adam makes steps all the same
     for key, value in stored.items():
         name, path = key.split("/", 1) if "/" in key else (key, "")
         if name == "param_norm_after" and path in after:
-            close(np.linalg.norm(after[path]), value, tag, key)
+            assert_close(np.linalg.norm(after[path]), value, tag, key)
         if name == "param_after" and path in after:
-            close(after[path], value, tag, key, AFTER_ADAM)
+            assert_close(after[path], value, tag, key, AFTER_ADAM)
 
 
 def infer_names(tag: str) -> list[str]:
@@ -291,11 +291,13 @@ def test_sample_actions(tag, name):
     stored = GOLDEN.arrays(f"infer_{tag}")
     run = jax.jit(sample_actions, static_argnums=3)
     steps = GOLDEN.config["num_steps"]
-    close(run(golden_model(tag), observation(name), sample_noise(name), steps)[:, 0], stored[f"sample_actions_{name}"], tag)
+    assert_close(
+        run(golden_model(tag), observation(name), sample_noise(name), steps)[:, 0], stored[f"sample_actions_{name}"], tag
+    )
     if f"sample_actions_rng_{name}" in stored:
         noise = jax.random.normal(jax.random.key(GOLDEN.config["seed"] + 1), sample_noise(name)[:, 0].shape, jnp.float32)
         drawn = run(golden_model(tag), observation(name), noise[:, None], steps)[:, 0]
-        close(drawn, stored[f"sample_actions_rng_{name}"], tag, "rng")
+        assert_close(drawn, stored[f"sample_actions_rng_{name}"], tag, "rng")
 
 
 @pytest.mark.parametrize(("tag", "name"), CASES)
@@ -310,7 +312,7 @@ def test_prefill(tag, name):
     np.testing.assert_array_equal(slots - 1 - np.argmax(valid[:, ::-1], axis=1), get("true_index"))
     np.testing.assert_array_equal(ours.length, valid.sum(axis=1))
     raw = get("true_raw_logits")[:, 0]
-    close(ours.logits, raw, tag, "true_raw_logits")
+    assert_close(ours.logits, raw, tag, "true_raw_logits")
     ids = protocol_ids(GOLDEN.config["vocab"])
     np.testing.assert_array_equal(ours.decision, np.asarray(ours.logits)[:, [ids.bor, ids.boa]])
     gap = np.diff(np.sort(raw[:, [ids.bor, ids.boa]], axis=1))[:, 0]
@@ -318,10 +320,14 @@ def test_prefill(tag, name):
     clear = gap > tolerance(tag)
     np.testing.assert_array_equal(chosen[clear], get("true_token")[clear, 0])
     if get("true_hidden") is not None:
-        close(ours.hidden, get("true_hidden")[:, 0], tag, "true_hidden")
+        assert_close(ours.hidden, get("true_hidden")[:, 0], tag, "true_hidden")
     if get("cache_k_layer0") is not None:
-        close(np.asarray(ours.cache.key[0, :, :slots].astype(jnp.float32))[valid], get("cache_k_layer0")[valid], tag, "keys")
-        close(np.asarray(ours.cache.value[-1, :, :slots].astype(jnp.float32))[valid], get("cache_v_last")[valid], tag, "values")
+        assert_close(
+            np.asarray(ours.cache.key[0, :, :slots].astype(jnp.float32))[valid], get("cache_k_layer0")[valid], tag, "keys"
+        )
+        assert_close(
+            np.asarray(ours.cache.value[-1, :, :slots].astype(jnp.float32))[valid], get("cache_v_last")[valid], tag, "values"
+        )
 
 
 @pytest.mark.parametrize(("tag", "name"), CASES)
@@ -351,7 +357,7 @@ def test_logits_while_reasoning(tag, name):
     for step in range(tokens.shape[1]):
         state = feed(golden_model(tag), state, jnp.asarray(tokens[:, step]), jnp.ones(tokens.shape[0], bool))
         logits.append(state.logits)
-    close(jnp.stack(logits, axis=1), expected, tag)
+    assert_close(jnp.stack(logits, axis=1), expected, tag)
 
 
 @pytest.mark.parametrize(("tag", "name"), CASES)
@@ -359,7 +365,7 @@ def test_act(tag, name):
     stored = GOLDEN.arrays(f"infer_{tag}")
     run = jax.jit(act, static_argnums=3)
     ours = run(golden_model(tag), prefilled(tag, name), sample_noise(name), GOLDEN.config["num_steps"])
-    close(ours[:, 0], stored[f"act_{name}"], tag)
+    assert_close(ours[:, 0], stored[f"act_{name}"], tag)
 
 
 @pytest.mark.parametrize("tag", [tag for tag in INFER if "trace/x" in GOLDEN.arrays(f"infer_{tag}")])
@@ -377,13 +383,13 @@ def test_denoising_trace(tag):
     carry = (noise, jnp.float32(1.0))
     for i in range(steps):
         before, time = carry
-        close(time, stored["trace/t"][i], tag, f"t {i}")
+        assert_close(time, stored["trace/t"][i], tag, f"t {i}")
         carry = step(carry)
-        close(carry[0][:, 0], stored["trace/x"][i], tag, f"x {i}")
+        assert_close(carry[0][:, 0], stored["trace/x"][i], tag, f"x {i}")
         # v = (x_before - x_after) * steps loses digits to the subtraction: compare at the size of x
         v = (np.asarray(before[:, 0], np.float64) - np.asarray(carry[0][:, 0], np.float64)) * steps
         assert np.linalg.norm(v - stored["trace/v"][i]) <= F32 * steps * np.linalg.norm(stored["trace/x"][i])
-    close(denoise(model, sampling._encode(model, prefix, 0), noise, steps)[:, 0], stored["trace/x"][-1], tag, "all steps")
+    assert_close(denoise(model, sampling._encode(model, prefix, 0), noise, steps)[:, 0], stored["trace/x"][-1], tag, "all steps")
 
 
 def recipe_table(vocab: int, width: int) -> np.ndarray:
@@ -411,23 +417,23 @@ def test_real_vocabulary():
     model = dataclasses.replace(model, config=dataclasses.replace(base.config, vocab_size=vocab))
     batch = eqx.tree_at(lambda b: b.observation.tokens, GOLDEN.batch, jnp.asarray(stored["tokenized_prompt"]))
     ours = jax.jit(partial(sample_losses, mask_padded_actions=False))(model, batch, GOLDEN.flow)
-    close(ours.text, stored["text_loss"], tag, "text_loss")
-    close(ours.action, stored["action_loss"], tag, "action_loss")
+    assert_close(ours.text, stored["text_loss"], tag, "text_loss")
+    assert_close(ours.action, stored["action_loss"], tag, "action_loss")
     parts = forward_parts_without_logits(model, batch)
     sample, j = stored["loss_positions"].T
     logits = np.asarray(model.embedder.unembed(parts[0][sample, j]))
-    close(logits[:, ::1000], stored["logits_every_1000"], tag, "logits")
-    close(jax.nn.logsumexp(logits, axis=1), stored["logits_logsumexp"], tag, "logsumexp")
+    assert_close(logits[:, ::1000], stored["logits_every_1000"], tag, "logits")
+    assert_close(jax.nn.logsumexp(logits, axis=1), stored["logits_logsumexp"], tag, "logsumexp")
     np.testing.assert_array_equal(logits.argmax(axis=1), stored["logits_argmax"])
-    close(parts[1], stored["v_t"], tag, "v_t")
+    assert_close(parts[1], stored["v_t"], tag, "v_t")
     state = jax.jit(prefill, static_argnums=2)(model, batch.observation, 16)
-    close(state.decision[:, ::-1], stored["prefill_true_special_logits"], tag, "decision (BOA, BOR)")
+    assert_close(state.decision[:, ::-1], stored["prefill_true_special_logits"], tag, "decision (BOA, BOR)")
     text, _ = jax.jit(reason, static_argnums=2)(model, state, stored["reason_tokens"].shape[1])
     for row, gaps in enumerate(stored["reason_top2_gap"]):
         ties = np.flatnonzero(gaps[1:] <= F32) + 1
         upto = ties[0] if ties.size else len(gaps)
         np.testing.assert_array_equal(text.tokens[row, :upto], stored["reason_tokens"][row, :upto])
-    close(act(model, state, sample_noise("b"), GOLDEN.config["num_steps"])[:, 0], stored["act"], tag, "act")
+    assert_close(act(model, state, sample_noise("b"), GOLDEN.config["num_steps"])[:, 0], stored["act"], tag, "act")
 
 
 def forward_parts_without_logits(model: Pi0Fuse, batch: losses.Batch) -> tuple[jax.Array, jax.Array]:
@@ -442,7 +448,7 @@ def test_the_joint_loss_is_the_mean_of_its_samples():
     tag = "base_f32"
     key = jax.random.key(GOLDEN.config["seed"])
     loss, _ = jax.jit(partial(joint_loss, coeff=GOLDEN.config["diffusion_loss_coeff"]))(golden_model(tag), GOLDEN.batch, key)
-    close(loss, GOLDEN.arrays(f"train_{tag}")["loss_rng"].mean(), tag)
+    assert_close(loss, GOLDEN.arrays(f"train_{tag}")["loss_rng"].mean(), tag)
 
 
 def case(kind: str, k: str) -> dict[str, np.ndarray]:
@@ -453,7 +459,7 @@ def case(kind: str, k: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("k", small("posemb"))
 def test_time_embedding(k):
     c = case("posemb", k)
-    close(time_embedding(jnp.asarray(c["pos"]), c["out"].shape[1]), c["out"], "f32")
+    assert_close(time_embedding(jnp.asarray(c["pos"]), c["out"].shape[1]), c["out"], "f32")
 
 
 @pytest.mark.parametrize("k", small("attn_mask"))
@@ -468,8 +474,8 @@ def test_attention_mask(k):
 def test_rope(k):
     c = case("rope", k)
     x, positions = jnp.asarray(c["x"]), jnp.asarray(c["positions"])
-    close(jax.jit(apply_rope)(x, positions), c["out"], "f32")
-    close(apply_rope(x.astype(jnp.bfloat16), positions), c["out_bf16"], "bf16")
+    assert_close(jax.jit(apply_rope)(x, positions), c["out"], "f32")
+    assert_close(apply_rope(x.astype(jnp.bfloat16), positions), c["out_bf16"], "bf16")
 
 
 @pytest.mark.parametrize("k", small("rmsnorm"))
@@ -479,13 +485,13 @@ def test_norms(k, dtype):
     tag, end = ("f32", "") if dtype == "float32" else ("bf16", "_bf16")
     x = jnp.asarray(plain["x"]).astype(dtype)
     y = jnp.asarray(ada["residual_y"]).astype(dtype)
-    close(RMSNorm(jnp.asarray(plain["scale"]))(x)[0], plain[f"out{end}"], tag, "rms")
-    close(gated_residual(x, y, None), plain[f"plain_residual{end}"], tag, "residual")
+    assert_close(RMSNorm(jnp.asarray(plain["scale"]))(x)[0], plain[f"out{end}"], tag, "rms")
+    assert_close(gated_residual(x, y, None), plain[f"plain_residual{end}"], tag, "residual")
     norm = AdaRMSNorm(Dense(jnp.asarray(ada["kernel"]), jnp.asarray(ada["bias"])))
     out, gate = norm(x, jnp.asarray(ada["cond"])[:, None])
-    close(out, ada[f"out{end}"], tag, "adarms")
-    close(gate[:, :1], ada[f"gate{end}"], tag, "gate")
-    close(gated_residual(x, y, gate), ada[f"gated_residual{end}"], tag, "gated residual")
+    assert_close(out, ada[f"out{end}"], tag, "adarms")
+    assert_close(gate[:, :1], ada[f"gate{end}"], tag, "gate")
+    assert_close(gated_residual(x, y, gate), ada[f"gated_residual{end}"], tag, "gated residual")
 
 
 @pytest.mark.parametrize("k", small("lora_einsum"))
@@ -498,7 +504,7 @@ def test_lora_einsum(k, dtype):
     # the equations of the file use digits for the stacked axis; einsum wants letters
     equation = str(c["eqns"][0]).lower().replace("2", "c").replace("3", "c")
     out = Einsum(jnp.asarray(c["w"]), adapter)(equation, jnp.asarray(c["x"]).astype(dtype))
-    close(out, c["out" if dtype == "float32" else "out_bf16"], "f32" if dtype == "float32" else "bf16")
+    assert_close(out, c["out" if dtype == "float32" else "out_bf16"], "f32" if dtype == "float32" else "bf16")
 
 
 @pytest.mark.parametrize("k", small("lora_ffn"))
@@ -512,7 +518,7 @@ def test_lora_feed_forward(k, dtype):
     gating, linear = (Einsum(c[name], adapter(name)) for name in ("gating_einsum", "linear"))
     layer = ExpertLayer(norm, unused, unused, unused, norm, gating, linear)
     out = layer.feed_forward(c["x"].astype(dtype))
-    close(out, c["out" if dtype == "float32" else "out_bf16"], "f32" if dtype == "float32" else "bf16")
+    assert_close(out, c["out" if dtype == "float32" else "out_bf16"], "f32" if dtype == "float32" else "bf16")
 
 
 @pytest.mark.parametrize("k", [k for k in small("lr") if k != "rsqrt"])
@@ -521,7 +527,7 @@ def test_schedule(k):
     warmup, peak, decay, end = c["cfg"]
     schedule = make_schedule(ScheduleConfig(float(peak), float(end), int(warmup), int(decay)))
     ours = [schedule(jnp.int32(step)) for step in c["steps"]]
-    close(jnp.stack(ours), c["lr"], "f32")
+    assert_close(jnp.stack(ours), c["lr"], "f32")
 
 
 @pytest.mark.parametrize("k", small("adamw"))
@@ -534,4 +540,4 @@ def test_adamw(k):
     for i in range(3):
         updates, state = optimizer.update(tree(f"g{i}"), state, tree(f"p{i}"))
         for leaf, expected in tree(f"u{i}").items():
-            close(updates[leaf], expected, "f32", f"update {i} of {leaf}")
+            assert_close(updates[leaf], expected, "f32", f"update {i} of {leaf}")

@@ -34,7 +34,7 @@ def half() -> tuple[np.ndarray, np.ndarray]:
     return valid, ar
 
 
-def same(a, b, tolerance: float = 2e-5) -> None:
+def assert_same(a, b, tolerance: float = 2e-5) -> None:
     """Norm-wise, as the numerics contract measures."""
     assert relative_error(a, b) <= tolerance
 
@@ -62,7 +62,7 @@ def test_a_model_is_a_plain_pytree_of_arrays():
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(MODEL))
     assert jax.tree.structure(abstract(CONFIG)) == jax.tree.structure(MODEL)
     doubled = jax.jit(lambda m: jax.tree.map(lambda x: 2 * x, m))(MODEL)
-    same(doubled.embedder.table, 2 * MODEL.embedder.table)
+    assert_same(doubled.embedder.table, 2 * MODEL.embedder.table)
 
 
 @few
@@ -74,8 +74,8 @@ def test_padding_tokens_change_nothing(masks, seed):
     changed = eqx.tree_at(lambda o: o.tokens, batch.observation, tokens)
     hidden, velocity = run(MODEL, batch.observation, noisy, time)
     hidden_2, velocity_2 = run(MODEL, changed, noisy, time)
-    same(velocity, velocity_2)
-    same(hidden[:, -TEXT:][masks[0]], hidden_2[:, -TEXT:][masks[0]])
+    assert_same(velocity, velocity_2)
+    assert_same(hidden[:, -TEXT:][masks[0]], hidden_2[:, -TEXT:][masks[0]])
 
 
 def test_appended_padding_changes_nothing():
@@ -85,8 +85,8 @@ def test_appended_padding_changes_nothing():
     longer = eqx.tree_at(lambda o: (o.tokens, o.token_mask, o.token_ar_mask), batch.observation, replace_fn=grow)
     hidden, velocity = run(MODEL, batch.observation, noisy, time)
     hidden_2, velocity_2 = run(MODEL, longer, noisy, time)
-    same(velocity, velocity_2)
-    same(hidden[:, -TEXT:][valid], hidden_2[:, -TEXT - 3 : -3][valid])
+    assert_same(velocity, velocity_2)
+    assert_same(hidden[:, -TEXT:][valid], hidden_2[:, -TEXT - 3 : -3][valid])
 
 
 @few
@@ -99,8 +99,8 @@ def test_the_prefix_is_independent_of_the_suffix(seed):
     hidden, velocity = run(MODEL, batch.observation, noisy, time)
     hidden_2, velocity_2 = run(MODEL, changed, noisy, time)
     prefix = valid & ~ar
-    same(hidden[:, :-TEXT], hidden_2[:, :-TEXT])
-    same(hidden[:, -TEXT:][prefix], hidden_2[:, -TEXT:][prefix])
+    assert_same(hidden[:, :-TEXT], hidden_2[:, :-TEXT])
+    assert_same(hidden[:, -TEXT:][prefix], hidden_2[:, -TEXT:][prefix])
     if (other != np.asarray(batch.observation.tokens))[ar].any():
         assert not np.allclose(velocity, velocity_2, atol=1e-6)  # actions do see the suffix
 
@@ -123,7 +123,7 @@ def test_a_later_text_token_never_changes_an_earlier_output():
     hidden, _ = run(MODEL, batch.observation, noisy, time)
     tokens = batch.observation.tokens.at[1, -1].add(1)
     hidden_2, _ = run(MODEL, eqx.tree_at(lambda o: o.tokens, batch.observation, tokens), noisy, time)
-    same(hidden[1, :-1], hidden_2[1, :-1])
+    assert_same(hidden[1, :-1], hidden_2[1, :-1])
     assert not np.allclose(hidden[1, -1], hidden_2[1, -1])
 
 
@@ -136,8 +136,8 @@ def test_a_camera_that_is_absent_equals_one_that_is_masked():
     )
     hidden, velocity = run(MODEL, masked, noisy, time)
     hidden_2, velocity_2 = run(MODEL, absent, noisy, time)
-    same(velocity, velocity_2)
-    same(hidden[:, -TEXT:][valid], hidden_2[:, -TEXT:][valid])
+    assert_same(velocity, velocity_2)
+    assert_same(hidden[:, -TEXT:][valid], hidden_2[:, -TEXT:][valid])
     assert embed_prefix(MODEL, absent).tokens.shape[1] == embed_prefix(MODEL, masked).tokens.shape[1] - 4
 
 
@@ -149,9 +149,9 @@ def test_a_batch_is_its_samples():
     for row in range(BATCH):
         one = jax.tree.map(lambda x, row=row: x[row : row + 1], (observation, noisy, time))
         alone, velocity_alone = run(MODEL, *one)
-        same(velocity[row], velocity_alone[0])
+        assert_same(velocity[row], velocity_alone[0])
         valid = np.asarray(embed_prefix(MODEL, one[0]).valid[0])
-        same(hidden[row][valid], alone[0][valid])
+        assert_same(hidden[row][valid], alone[0][valid])
 
 
 def test_several_draws_are_what_each_gives_alone():
@@ -159,7 +159,7 @@ def test_several_draws_are_what_each_gives_alone():
     together = run(MODEL, batch.observation, noisy, time)[1]
     for draw in range(3):
         alone = run(MODEL, batch.observation, noisy[:, draw : draw + 1], time[:, draw : draw + 1])[1]
-        same(together[:, draw], alone[:, 0])
+        assert_same(together[:, draw], alone[:, 0])
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -191,7 +191,7 @@ def test_merged_adapters_are_the_same_function():
     merged = dataclasses.replace(MODEL, language=merge_lora(MODEL.language), action=merge_lora(MODEL.action))
     assert adapters_of(merged.language) == [None] * 5
     for a, b in zip(run(MODEL, batch.observation, noisy, time), run(merged, batch.observation, noisy, time), strict=True):
-        same(a, b, 1e-4)
+        assert_same(a, b, 1e-4)
 
 
 def test_bfloat16_stays_close_to_float32():
