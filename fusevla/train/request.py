@@ -1,6 +1,7 @@
 """What the user asks for, worked out into a complete preset. Imports nothing heavy."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -116,7 +117,7 @@ def cache_folder() -> Path:
 def default_data(name: str) -> tuple[str | None, str | None]:
     """(set, annotations) of a published preset where they lie under ``data/``; the toy's place, made on first use."""
     if name == TOY:
-        return str((cache_folder() / "toy-plans").absolute()), None
+        return str((cache_folder() / f"toy-plans-{_toy_version()}").absolute()), None
     published = PUBLISHED.get(name)
     if published is None:
         return None, None
@@ -125,6 +126,13 @@ def default_data(name: str) -> tuple[str | None, str | None]:
     return folder, _first_there(
         inside if name.endswith("basket") else [*inside, Path("data") / published.folder / "cot_simple.json"]
     )
+
+
+def _toy_version() -> str:
+    """Digest of the code that draws and writes the toy set: a set in the cache never outlives a change of its world."""
+    folder = Path(__file__).parents[1] / "data"
+    digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in ("toy_world.py", "toy.py")))
+    return digest.hexdigest()[:12]
 
 
 def default_weights(name: str) -> str | None:
