@@ -32,7 +32,7 @@ def relative_error(ours: Any, theirs: Any) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"shape: expected {theirs.shape}, got {ours.shape}"
     assert np.isfinite(ours).all()
-    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
+    return float(np.linalg.norm(ours - theirs)) / max(float(np.linalg.norm(theirs)), 1e-30)
 
 
 def tolerance(tag: str) -> float:
