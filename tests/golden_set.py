@@ -132,7 +132,8 @@ class GoldenSet:
     @cached_property
     def flow(self) -> Flow:
         """The fixed noise and times of the training files: one draw per sample."""
-        return Flow(jnp.asarray(self.inputs["noise"])[:, None], jnp.asarray(self.inputs["time"])[:, None])
+        with jax.ensure_compile_time_eval():  # the first to ask may be inside a jit
+            return Flow(jnp.asarray(self.inputs["noise"][:, None]), jnp.asarray(self.inputs["time"][:, None]))
 
     def sample(self, name: str) -> slice:
         """``b4`` is the whole batch, ``s0`` .. the samples alone."""

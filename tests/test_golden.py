@@ -70,6 +70,9 @@ def rounding_of(tag: str, key: str) -> float:
     return max(tolerance(tag), *(relative_error(stored[k], exact[k]) for k in keys))
 
 
+BATCH, FLOW = GOLDEN.batch, GOLDEN.flow
+
+
 def loss_freeze(tag: str) -> str:
     return "llm" if "lora" in tag else "none"
 
@@ -182,7 +185,7 @@ def gradients(tag: str) -> dict[str, np.ndarray]:
     coeff = GOLDEN.config["diffusion_loss_coeff"]
 
     def loss(trainable, frozen):
-        parts = sample_losses(eqx.combine(trainable, frozen), GOLDEN.batch, GOLDEN.flow, mask_padded_actions=False)
+        parts = sample_losses(eqx.combine(trainable, frozen), BATCH, FLOW, mask_padded_actions=False)
         return jnp.mean(parts.text + coeff * parts.action)
 
     return GOLDEN.by_path(jax.jit(jax.grad(loss))(trainable, frozen))
@@ -237,7 +240,7 @@ def test_three_steps(tag):
     optimizer, coeff = make_optimizer(config), GOLDEN.config["diffusion_loss_coeff"]
 
     def loss(trainable):
-        parts = sample_losses(eqx.combine(trainable, frozen), GOLDEN.batch, GOLDEN.flow, mask_padded_actions=False)
+        parts = sample_losses(eqx.combine(trainable, frozen), BATCH, FLOW, mask_padded_actions=False)
         return jnp.mean(parts.text + coeff * parts.action)
 
     @jax.jit
