@@ -226,7 +226,11 @@ def test_gradients(tag):
     for group, norm in expected.items():
         assert_close(np.sqrt(squares[group]), norm, tag, f"gradient norm of {group}", rounding_of(tag, f"grad_norm/{group}"))
     assert_close(
-        np.sqrt(sum(squares.values())), stored["grad_norm_global"], tag, "global gradient norm", rounding_of(tag, "grad")
+        np.sqrt(sum(squares.values())),
+        stored["grad_norm_global"],
+        tag,
+        "global gradient norm",
+        rounding_of(tag, "grad_norm_global"),
     )
     for key, value in stored.items():
         if key.startswith("grad/"):
