@@ -1,11 +1,18 @@
 """Makes the toy's base checkpoint: a tiny Pi0Fuse that sees and moves, trained on act-only data, without any plan.
 
-    python experiments/make_toy_base.py --out toy_base            # hours on two CPU cores
+    python experiments/make_toy_base.py --out toy_base            # half an hour on two CPU cores
     python experiments/make_toy_base.py --out toy_base --resume   # go on after an interruption
 
 Every episode names one sub-goal ("put the red block in the tray", half of them with a distractor clause); its frames are
-drawn as they are needed, so none repeats exactly. OUT receives ``params`` (openpi's layout), ``tokenizer.model``,
-``norm_stats.json`` and ``log.jsonl``; OUT/state.eqx is what ``--resume`` reads. Copy the first three to fusevla/assets/toy_base.
+drawn as they are needed, so none repeats exactly. Two stages:
+
+1. *see*: the image tower and the first language layer learn to say, at every word of the prompt that names a thing, where
+   that thing lies (a linear read-out that is thrown away). It stands for the vision-language pre-training that pi0.5 starts
+   from; without it ten times as many steps of the second stage do not find the named block.
+2. *move*: everything learns to act, by flow matching alone.
+
+OUT receives ``params`` (openpi's layout), ``tokenizer.model``, ``norm_stats.json`` and ``log.jsonl``; OUT/seen.eqx and
+OUT/state.eqx are what ``--resume`` reads. Copy the first four to fusevla/assets/toy_base.
 """
 
 import dataclasses
@@ -24,14 +31,20 @@ if TYPE_CHECKING:
     from fusevla.arrays import Batch
     from fusevla.tokens.tokenizer import Tokenizer
 
+Places = tuple[np.ndarray, np.ndarray]
+"""(float32[b, l, 4], bool[b, l]): per text token, where the thing is that it names, and whether it names one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Pre-training of the toy base. The learning rate is constant, then falls to zero over the last ``decay_steps``."""
+    """Pre-training of the toy base. The rate of *move* is constant, then falls to zero over the last ``decay_steps``."""
 
     out: pathlib.Path
-    steps: int = 16_000
-    decay_steps: int = 3_000
+    see_steps: int = 3_000
+    see_peak: float = 2e-3
+    steps: int = 20_000
+    """Of the second stage, *move*."""
+    decay_steps: int = 8_000
     warmup_steps: int = 200
     batch_size: int = 16
     flow_draws: int = 4
@@ -52,10 +65,13 @@ class Frames:
     """Random access to the frames of base episodes as training samples."""
 
     def __init__(self, tokenizer: "Tokenizer", count: int, seed: int):
-        from fusevla.data.toy import episodes
+        from fusevla.data.toy import episodes, subgoal
+        from fusevla.data.toy_world import COLORS
 
         self.tokenizer = tokenizer
         self.episodes = list(episodes("base", count, seed))
+        self.names = {color: int(tokenizer.encode(subgoal(color))[1]) for color in COLORS}
+        self.tray = int(tokenizer.encode(subgoal("red"))[2])
         # what follows the placing is waiting: two frames of it are enough; finding the block is the hard part: three times
         self.rows = [
             (i, t)
@@ -64,17 +80,32 @@ class Frames:
             for _ in range(1 if episode.plan[0] in (episode.worlds[t].held, *episode.worlds[t].placed) else 3)
         ]
 
-    def batch(self, rng: np.random.Generator, size: int) -> "Batch":
-        """``size`` random frames."""
+    def batch(self, rng: np.random.Generator, size: int) -> tuple["Batch", Places]:
+        """``size`` random frames, and where the things are that their prompts name."""
         from fusevla.arrays import Batch, Observation
 
-        samples = [self._sample(*self.rows[i]) for i in rng.integers(len(self.rows), size=size)]
+        rows = [self.rows[i] for i in rng.integers(len(self.rows), size=size)]
+        samples = [self._sample(*row) for row in rows]
         stacked = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         cameras = [name for name in stacked if name.endswith("_rgb")]
         here = np.ones(size, bool)
         text = {name: stacked[name] for name in ("tokens", "token_mask", "token_ar_mask")}
         observation = Observation({c: stacked[c] for c in cameras}, dict.fromkeys(cameras, here), stacked["state"], **text)
-        return Batch(observation, stacked["token_loss_mask"], here, stacked["actions"], stacked["action_is_pad"])
+        batch = Batch(observation, stacked["token_loss_mask"], here, stacked["actions"], stacked["action_is_pad"])
+        return batch, self._places(rows, stacked["tokens"])
+
+    def _places(self, rows: list[tuple[int, int]], tokens: np.ndarray) -> Places:
+        """For every token that names a thing: its offset from the gripper and its place on the table, about -1 to 1."""
+        from fusevla.data.toy_world import TABLE
+
+        where, named = np.zeros((*tokens.shape, 4), np.float32), np.zeros(tokens.shape, bool)
+        for row, (index, frame) in enumerate(rows):
+            world = self.episodes[index].worlds[frame]
+            things = dict(zip((self.names[color] for color in world.colors), world.blocks, strict=True)) | {self.tray: world.tray}
+            for token, centre in things.items():
+                named[row, tokens[row] == token] = True
+                where[row, tokens[row] == token] = [*(centre - world.gripper) / 2, *(2 * centre / TABLE - 1)]
+        return where, named
 
     def _sample(self, index: int, frame: int) -> dict[str, np.ndarray]:
         from fusevla.data.annotations import act_only_prefix
@@ -106,43 +137,29 @@ class Frames:
         }
 
 
-def prefetched(frames: Frames, args: Args, start: int) -> Iterator["Batch"]:
-    """Batches of step ``start`` on, made in a thread beside the training; a step's batch depends on seed and step only."""
-    ready: queue.Queue[Batch] = queue.Queue(4)
+def prefetched(frames: Frames, seed: int, steps: range, size: int) -> Iterator[tuple["Batch", Places]]:
+    """Batches of the steps, made in a thread beside the training; a step's batch depends on seed and step only."""
+    ready: queue.Queue[tuple[Batch, Places]] = queue.Queue(4)
 
     def work() -> None:
-        for step in range(start, args.steps):
-            ready.put(frames.batch(np.random.default_rng((args.seed, 1, step)), args.batch_size))
+        for step in steps:
+            ready.put(frames.batch(np.random.default_rng((seed, step)), size))
 
     threading.Thread(target=work, daemon=True).start()
-    return (ready.get() for _ in range(start, args.steps))
+    return (ready.get() for _ in steps)
 
 
-def make_step(args: Args) -> tuple[Any, Any]:
-    """(jitted training step, optimizer)."""
+def make_step(loss_of: Any, schedule: Any) -> tuple[Any, Any]:
+    """(jitted training step, optimizer) for ``loss_of(weights, batch, key)``."""
     import jax
     import optax
 
-    from fusevla.losses import joint_loss
-
-    stable = args.steps - args.decay_steps
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(args.peak / args.warmup_steps, args.peak, args.warmup_steps),
-            optax.constant_schedule(args.peak),
-            optax.cosine_decay_schedule(args.peak, args.decay_steps),
-        ],
-        [args.warmup_steps, stable],
-    )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=1e-4))
 
-    def train_step(model, state, batch, key):
-        def loss_of(model):
-            return joint_loss(model, batch, key, flow_draws=args.flow_draws)
-
-        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(model)
-        updates, state = optimizer.update(grads, state, model)
-        return optax.apply_updates(model, updates), state, metrics
+    def train_step(weights, state, batch, key):
+        loss, grads = jax.value_and_grad(loss_of)(weights, batch, key)
+        updates, state = optimizer.update(grads, state, weights)
+        return optax.apply_updates(weights, updates), state, loss
 
     return jax.jit(train_step, donate_argnums=(0, 1)), optimizer
 
@@ -193,12 +210,101 @@ def centred(model: Any, batch: "Batch") -> Any:
     return eqx.tree_at(lambda m: (m.vision.patch.bias, m.vision.position), model, (jnp.asarray(bias), position))
 
 
+def place_loss(weights: Any, batch: tuple["Batch", Places], key: Any) -> Any:
+    """Mean squared error of a linear read-out, after the first language layer, of where the named things are."""
+    import jax
+    import jax.numpy as jnp
+
+    from fusevla.model.fuse import embed_prefix
+    from fusevla.model.gemma import Expert, Stream, transformer
+    from fusevla.model.masks import attention_mask, positions
+
+    (model, readout), (sample, (where, named)) = weights, batch
+    prefix = embed_prefix(model, sample.observation)
+    first = Expert(jax.tree.map(lambda stacked: stacked[:1], model.language.layers), model.language.final_norm)
+    mask, at = attention_mask(prefix.valid, prefix.ar), positions(prefix.valid)
+    (hidden,), _ = transformer((first,), (Stream(prefix.tokens),), mask, at, implementation=model.config.attention)
+    error = jnp.mean(jnp.square(readout(hidden[:, -named.shape[1] :]) - where), axis=-1)
+    return jnp.sum(error * named) / jnp.sum(named)
+
+
+def see(args: Args, model: Any, frames: Frames) -> Any:
+    """The first stage: the model after it has learned where the things are that a prompt names."""
+    import jax
+    import optax
+
+    from fusevla.model.siglip import init_dense
+
+    schedule = optax.warmup_cosine_decay_schedule(args.see_peak / 20, args.see_peak, 100, args.see_steps, args.see_peak / 20)
+    train_step, optimizer = make_step(place_loss, schedule)
+    weights = (model, init_dense(jax.random.key(args.seed + 2), model.config.language.width, 4))
+    state, losses, begun = optimizer.init(weights), [], time.monotonic()
+    for step, batch in enumerate(prefetched(frames, args.seed + 3, range(args.see_steps), args.batch_size)):
+        weights, state, loss = train_step(weights, state, batch, None)
+        losses.append(loss)
+        if (step + 1) % args.eval_every == 0:
+            note(args.out, {"stage": "see", "step": step + 1, "seconds": time.monotonic() - begun, "place_loss": mean(losses)})
+            losses = []
+    return weights[0]
+
+
+def move(args: Args, model: Any, frames: Frames, held_out: Frames) -> Any:
+    """The second stage, resumed where OUT/state.eqx exists; returns the model."""
+    import equinox as eqx
+    import jax
+    import optax
+
+    from fusevla.losses import joint_loss
+
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(args.peak / args.warmup_steps, args.peak, args.warmup_steps),
+            optax.constant_schedule(args.peak),
+            optax.cosine_decay_schedule(args.peak, args.decay_steps),
+        ],
+        [args.warmup_steps, args.steps - args.decay_steps],
+    )
+    train_step, optimizer = make_step(lambda m, batch, key: joint_loss(m, batch[0], key, flow_draws=args.flow_draws)[0], schedule)
+    carry = (model, optimizer.init(model), np.asarray(0))
+    if (args.out / "state.eqx").exists():
+        carry = eqx.tree_deserialise_leaves(args.out / "state.eqx", carry)
+    model, state, start = carry
+    judged, reference = held_out.batch(np.random.default_rng(0), 256)[0], frames.batch(np.random.default_rng(1), 1024)[0]
+    error_ratio = make_error_ratio(judged, reference)
+    steps, losses, begun = range(int(start), args.steps), [], time.monotonic()
+    for step, batch in zip(steps, prefetched(frames, args.seed, steps, args.batch_size), strict=True):
+        model, state, loss = train_step(model, state, batch, jax.random.fold_in(jax.random.key(args.seed + 1), step))
+        losses.append(loss)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            ratio, each = error_ratio(model, jax.random.key(2))
+            record = {"stage": "move", "step": step + 1, "seconds": time.monotonic() - begun, "action_loss": mean(losses)}
+            record |= {"held_out_action_error_ratio": float(ratio), "per_dimension": [float(value) for value in each]}
+            eqx.tree_serialise_leaves(args.out / "state.tmp.eqx", (model, state, np.asarray(step + 1)))
+            (args.out / "state.tmp.eqx").replace(args.out / "state.eqx")
+            note(args.out, record)
+            losses = []
+    return model
+
+
+def mean(losses: list[Any]) -> float:
+    """The mean of device scalars."""
+    return float(np.mean([float(loss) for loss in losses]))
+
+
+def note(out: pathlib.Path, record: dict[str, Any]) -> None:
+    """One line of OUT/log.jsonl and of the screen."""
+    line = json.dumps(record | {"seconds": round(record["seconds"], 1)})
+    with (out / "log.jsonl").open("a") as log:
+        log.write(line + "\n")
+    print(line, flush=True)
+
+
 def train(args: Args, tokenizer: "Tokenizer") -> Any:
-    """Runs or resumes the training; returns the model."""
+    """Runs or resumes both stages; returns the model."""
     import equinox as eqx
     import jax
 
-    from fusevla.model.fuse import init, with_lora
+    from fusevla.model.fuse import init
     from fusevla.presets import TOY_MODEL
 
     bare = dataclasses.replace(
@@ -207,35 +313,14 @@ def train(args: Args, tokenizer: "Tokenizer") -> Any:
         language=dataclasses.replace(TOY_MODEL.language, lora=None),
         action=dataclasses.replace(TOY_MODEL.action, lora=None),
     )
-    model = with_lora(init(bare, jax.random.key(args.seed)), bare, jax.random.key(0))
-    train_step, optimizer = make_step(args)
+    model = init(bare, jax.random.key(args.seed))
     frames, held_out = Frames(tokenizer, args.episodes, args.seed), Frames(tokenizer, args.held_out, args.seed + 1_000_003)
-    model = centred(model, frames.batch(np.random.default_rng(args.seed), 256))
-    carry = (model, optimizer.init(model), np.asarray(0))
-    if args.resume:
-        carry = eqx.tree_deserialise_leaves(args.out / "state.eqx", carry)
-    error_ratio = make_error_ratio(held_out.batch(np.random.default_rng(0), 256), frames.batch(np.random.default_rng(1), 1024))
-    model, state, start = carry
-    losses, begun = [], time.monotonic()
-    for step, batch in enumerate(prefetched(frames, args, int(start)), int(start)):
-        model, state, metrics = train_step(model, state, batch, jax.random.fold_in(jax.random.key(args.seed + 1), step))
-        losses.append(metrics["action_loss"])
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            ratio, each = error_ratio(model, jax.random.key(2))
-            record = {
-                "step": step + 1,
-                "seconds": round(time.monotonic() - begun, 1),
-                "action_loss": float(np.mean([float(loss) for loss in losses])),
-                "held_out_action_error_ratio": float(ratio),
-                "per_dimension": np.round(np.asarray(each, np.float64), 4).tolist(),
-            }
-            losses = []
-            eqx.tree_serialise_leaves(args.out / "state.tmp.eqx", (model, state, np.asarray(step + 1)))
-            (args.out / "state.tmp.eqx").replace(args.out / "state.eqx")
-            with (args.out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
-            print(json.dumps(record), flush=True)
-    return model
+    if (args.out / "seen.eqx").exists():
+        model = eqx.tree_deserialise_leaves(args.out / "seen.eqx", model)
+    else:
+        model = see(args, centred(model, frames.batch(np.random.default_rng(args.seed), 256)[0]), frames)
+        eqx.tree_serialise_leaves(args.out / "seen.eqx", model)
+    return move(args, model, frames, held_out)
 
 
 def main(args: Args) -> None:
@@ -246,7 +331,7 @@ def main(args: Args) -> None:
     from fusevla.model.openpi import save_params
 
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "state.eqx").exists() and not args.resume:
+    if (args.out / "seen.eqx").exists() and not args.resume:
         raise SystemExit(f"{args.out} holds a training already; give --resume to go on with it, or another --out")
     tokenizer = toy_tokenizer()
     tokenizer.save(args.out / "tokenizer.model")

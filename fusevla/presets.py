@@ -187,7 +187,7 @@ TOY_MODEL = ModelConfig(
     action_horizon=8,
     dtype="float32",
     attention="plain",
-    remat="none",
+    remat="full",
 )
 """The toy base's sizes: a cell of its table per vision patch, its own tokenizer, its real number of action dimensions."""
 

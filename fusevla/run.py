@@ -21,10 +21,10 @@ from fusevla.data.loader import Loader, Source, make_loader
 from fusevla.evaluate.machine import peak_memory, versions
 from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
 from fusevla.evaluate.report import plot_batch, plot_losses
-from fusevla.model import fetch
+from fusevla.model.fetch import CheckpointError
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import Preset
-from fusevla.train.checkpoint import BaseWeights, CheckpointError, Checkpoints, RunInfo, read_info, restore_state, save_frozen
+from fusevla.train.checkpoint import BaseWeights, Checkpoints, RunInfo, read_info, restore_state, save_frozen
 from fusevla.train.freeze import FreezeError, count_parameters
 from fusevla.train.job import (
     Material,
@@ -44,7 +44,7 @@ from fusevla.train.sharding import check_batch_size, make_mesh, replicated
 from fusevla.train.state import TrainState, evaluation_leaves, init_state, step_key
 from fusevla.train.step import CompiledSteps, augment_batch
 
-EXPECTED = (RequestError, CheckpointError, fetch.CheckpointError, LeRobotError, FreezeError, NonFiniteError, FileNotFoundError)
+EXPECTED = (RequestError, CheckpointError, LeRobotError, FreezeError, NonFiniteError, FileNotFoundError)
 """Errors whose message says what is wrong and what to do: a script prints it without a traceback."""
 
 

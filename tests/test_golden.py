@@ -19,7 +19,7 @@ import pytest
 
 from fusevla import losses
 from fusevla.losses import draw_flow, joint_loss, noisy_actions, sample_losses
-from fusevla.model.fuse import Pi0Fuse, embed_actions, embed_images, embed_prefix, embed_time, time_embedding, velocity
+from fusevla.model.fuse import Pi0Fuse, embed_actions, embed_images, embed_prefix, embed_time, forward, time_embedding, velocity
 from fusevla.model.gemma import ExpertLayer, Stream, transformer
 from fusevla.model.layers import AdaRMSNorm, Dense, Einsum, LowRank, RMSNorm, gated_residual
 from fusevla.model.masks import attention_mask, with_action_blocks
@@ -27,7 +27,7 @@ from fusevla.model.rope import apply_rope
 from fusevla.policy.sampling import Prefilled, act, append_token, denoise, prefill, reason, sample_actions
 from fusevla.presets import ScheduleConfig, TrainConfig
 from fusevla.tokens.protocol import protocol_ids
-from fusevla.train.freeze import dtype_spec, partition
+from fusevla.train.freeze import dtype_spec, partition, trainable_spec
 from fusevla.train.optim import make_optimizer, make_schedule
 from tests.golden_set import F32, GoldenSet, find_golden, relative_error, tolerance
 
@@ -71,10 +71,6 @@ def rounding_of(tag: str, key: str) -> float:
 
 
 BATCH, FLOW = GOLDEN.batch, GOLDEN.flow
-
-
-def loss_freeze(tag: str) -> str:
-    return "llm" if "lora" in tag else "none"
 
 
 @lru_cache(maxsize=2)
@@ -181,7 +177,7 @@ def test_losses(tag):
 
 @lru_cache(maxsize=2)
 def gradients(tag: str) -> dict[str, np.ndarray]:
-    trainable, frozen = eqx.partition(golden_model(tag), _trains(tag))
+    trainable, frozen = eqx.partition(golden_model(tag), trainable_spec(golden_model(tag), "llm" if "lora" in tag else "none"))
     coeff = GOLDEN.config["diffusion_loss_coeff"]
 
     def loss(trainable, frozen):
@@ -189,12 +185,6 @@ def gradients(tag: str) -> dict[str, np.ndarray]:
         return jnp.mean(parts.text + coeff * parts.action)
 
     return GOLDEN.by_path(jax.jit(jax.grad(loss))(trainable, frozen))
-
-
-def _trains(tag: str) -> Pi0Fuse:
-    from fusevla.train.freeze import trainable_spec
-
-    return trainable_spec(golden_model(tag), loss_freeze(tag))
 
 
 def group_of(path: str) -> str:
@@ -428,13 +418,14 @@ def test_real_vocabulary():
     ours = jax.jit(partial(sample_losses, mask_padded_actions=False))(model, batch, GOLDEN.flow)
     assert_close(ours.text, stored["text_loss"], tag, "text_loss")
     assert_close(ours.action, stored["action_loss"], tag, "action_loss")
-    parts = forward_parts_without_logits(model, batch)
+    noisy, _ = noisy_actions(GOLDEN.flow, batch.actions)
+    hidden, predicted = jax.jit(forward)(model, batch.observation, noisy, GOLDEN.flow.time)
     sample, j = stored["loss_positions"].T
-    logits = np.asarray(model.embedder.unembed(parts[0][sample, j]))
+    logits = np.asarray(model.embedder.unembed(hidden[:, -batch.observation.tokens.shape[1] :][sample, j]))
     assert_close(logits[:, ::1000], stored["logits_every_1000"], tag, "logits")
     assert_close(jax.nn.logsumexp(logits, axis=1), stored["logits_logsumexp"], tag, "logsumexp")
     np.testing.assert_array_equal(logits.argmax(axis=1), stored["logits_argmax"])
-    assert_close(parts[1], stored["v_t"], tag, "v_t")
+    assert_close(predicted[:, 0], stored["v_t"], tag, "v_t")
     state = jax.jit(prefill, static_argnums=2)(model, batch.observation, 16)
     assert_close(state.decision[:, ::-1], stored["prefill_true_special_logits"], tag, "decision (BOA, BOR)")
     text, _ = jax.jit(reason, static_argnums=2)(model, state, stored["reason_tokens"].shape[1])
@@ -443,14 +434,6 @@ def test_real_vocabulary():
         upto = ties[0] if ties.size else len(gaps)
         np.testing.assert_array_equal(text.tokens[row, :upto], stored["reason_tokens"][row, :upto])
     assert_close(act(model, state, sample_noise("b"), GOLDEN.config["num_steps"])[:, 0], stored["act"], tag, "act")
-
-
-def forward_parts_without_logits(model: Pi0Fuse, batch: losses.Batch) -> tuple[jax.Array, jax.Array]:
-    from fusevla.model.fuse import forward
-
-    noisy, _ = noisy_actions(GOLDEN.flow, batch.actions)
-    hidden, predicted = jax.jit(forward)(model, batch.observation, noisy, GOLDEN.flow.time)
-    return hidden[:, -batch.observation.tokens.shape[1] :], predicted[:, 0]
 
 
 def test_the_joint_loss_is_the_mean_of_its_samples():

@@ -1,12 +1,13 @@
 """Where a checkpoint lies: a ``params`` folder, its parent, or a URL that is fetched once into a cache."""
 
-import os
 import shutil
 from pathlib import Path
 
+from fusevla.files import cache_folder
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, not an openpi one, not the model's, or damaged. The message says all of it."""
+    """A checkpoint that is not there, not of its kind, not the model's, incomplete or damaged. The message says all of it."""
 
 
 def find_params(path: str | Path) -> Path:
@@ -35,11 +36,6 @@ def _found(folder: Path) -> str:
         return f"did you mean {' or '.join(nested)}?"
     names = sorted(entry.name for entry in folder.iterdir())
     return f"this folder holds {', '.join(names[:8]) or 'nothing'}{' ...' if len(names) > 8 else ''}."
-
-
-def cache_folder() -> Path:
-    """``$FUSEVLA_CACHE``, by default ``~/.cache/fusevla``."""
-    return Path(os.environ.get("FUSEVLA_CACHE", "~/.cache/fusevla")).expanduser()
 
 
 def fetch(url: str) -> Path:

@@ -2,7 +2,10 @@
 
 import dataclasses
 
-__all__ = ["RESERVED_ROWS", "ProtocolIds", "protocol_ids"]
+__all__ = ["PALIGEMMA_SOURCE", "RESERVED_ROWS", "ProtocolIds", "protocol_ids"]
+
+PALIGEMMA_SOURCE = "gs://big_vision/paligemma_tokenizer.model"
+"""The published tokenizer; wherever a tokenizer's path is expected, this means the copy in a cache, fetched if need be."""
 
 RESERVED_ROWS = 132
 """BEGIN_OF_REASONING is this far from the end of the vocabulary; the two other protocol ids follow it."""

@@ -14,7 +14,6 @@ import io
 import os
 import pathlib
 import re
-import tempfile
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -23,12 +22,12 @@ from typing import SupportsInt
 
 import sentencepiece
 
-from fusevla.tokens.ids import RESERVED_ROWS, protocol_ids
+from fusevla.files import cache_folder, openpi_cache_folder, write_whole
+from fusevla.tokens.ids import PALIGEMMA_SOURCE, RESERVED_ROWS, protocol_ids
 
 __all__ = ["Tokenizer", "load_tokenizer", "paligemma_tokenizer_path", "train_tokenizer"]
 
 PALIGEMMA_VOCAB_SIZE = 257152
-PALIGEMMA_SOURCE = "gs://big_vision/paligemma_tokenizer.model"
 _PALIGEMMA_HTTP = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
 _FETCH_TIMEOUT_S = 20
 
@@ -89,7 +88,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model as a ``.model`` file that ``load_tokenizer`` (and SentencePiece itself) reads."""
-        _write_whole(pathlib.Path(path), self._model_bytes)
+        write_whole(path, self._model_bytes)
 
     def _encode_raw(self, text: str) -> list[int]:
         """SentencePiece's own ids, except that the character it takes for a space survives as bytes."""
@@ -125,13 +124,13 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a SentencePiece ``.model`` file.
+    """Reads a SentencePiece ``.model`` file; ``PALIGEMMA_SOURCE`` stands for ``paligemma_tokenizer_path()``.
 
     Raises:
-        FileNotFoundError: no file there.
+        FileNotFoundError: no file there, or it could not be fetched.
         ValueError: the file is not a usable SentencePiece model.
     """
-    file = pathlib.Path(path).expanduser()
+    file = paligemma_tokenizer_path() if str(path) == PALIGEMMA_SOURCE else pathlib.Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
             f"tokenizer: expected a SentencePiece .model file, found none at {file}. Give the path of "
@@ -151,8 +150,8 @@ def paligemma_tokenizer_path() -> pathlib.Path:
     Raises:
         FileNotFoundError: in no cache, and it could not be fetched; the message says how to get it.
     """
-    own = _cache_folder("FUSEVLA_CACHE", "fusevla") / "paligemma_tokenizer.model"
-    openpi = _cache_folder("OPENPI_DATA_HOME", "openpi") / "big_vision" / "paligemma_tokenizer.model"
+    own = cache_folder() / "paligemma_tokenizer.model"
+    openpi = openpi_cache_folder() / "big_vision" / "paligemma_tokenizer.model"
     for file in (own, openpi):
         if file.is_file():
             return file
@@ -165,7 +164,7 @@ def paligemma_tokenizer_path() -> pathlib.Path:
             f"(4 MB, public) on a machine with a network and put it at {own}, or give its path with --tokenizer PATH."
         ) from None
     _check_paligemma(content)
-    _write_whole(own, content)
+    write_whole(own, content)
     return own
 
 
@@ -268,16 +267,3 @@ def _check_paligemma(content: bytes) -> None:
     size = Tokenizer(content).vocab_size
     if size != PALIGEMMA_VOCAB_SIZE:
         raise ValueError(f"{PALIGEMMA_SOURCE}: expected a vocabulary of {PALIGEMMA_VOCAB_SIZE}, got {size}; fetch it by hand")
-
-
-def _cache_folder(variable: str, name: str) -> pathlib.Path:
-    root = os.environ.get(variable)
-    return pathlib.Path(root).expanduser() if root else pathlib.Path("~/.cache").expanduser() / name
-
-
-def _write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that nobody ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fusevla.arrays import Array, Int
+from fusevla.model.fetch import CheckpointError
 from fusevla.presets import Preset, preset_from_dict
 
 T = TypeVar("T")
@@ -32,10 +33,6 @@ FORMAT = 1
 FROZEN = "frozen"
 CHECKSUMS = "checksums"
 TOKENIZER = "tokenizer"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is absent, incomplete, damaged, or of another model."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,13 +22,13 @@ from fusevla.data.lerobot import LeRobotSet, open_set
 from fusevla.data.normalize import NormStats, compute_norm_stats, load_norm_stats, normalize, stats_from_json, stats_to_json
 from fusevla.data.samples import used_cameras
 from fusevla.model import fuse
-from fusevla.model.fetch import find_params
+from fusevla.model.fetch import CheckpointError, find_params
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.model.openpi import load_params
 from fusevla.presets import DataConfig, ModelConfig, Preset
 from fusevla.tokens.protocol import digitize_state, encode_sample
 from fusevla.tokens.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from fusevla.train.checkpoint import BaseWeights, CheckpointError, RunInfo, fingerprint, load_frozen
+from fusevla.train.checkpoint import BaseWeights, RunInfo, fingerprint, load_frozen
 from fusevla.train.freeze import count_parameters, dtype_spec, partition
 from fusevla.train.sharding import replicate, replicated
 

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusevla.presets import Preset
-from fusevla.train.request import BASE_URL, PUBLISHED, TOKENIZER_URL, Resolved
+from fusevla.tokens.ids import PALIGEMMA_SOURCE
+from fusevla.tokens.tokenizer import paligemma_tokenizer_path
+from fusevla.train.request import BASE_URL, PUBLISHED, Resolved
 
 
 def missing(resolved: Resolved) -> list[str]:
@@ -69,15 +71,17 @@ def _missing_weights(resolved: Resolved) -> str | None:
 
 
 def _missing_tokenizer(resolved: Resolved) -> str | None:
+    """A fetch is tried right here, where nothing is in a cache: it takes seconds, and the list must be complete."""
     choice = resolved.tokenizer
-    if choice == "train" or (choice and Path(choice).expanduser().is_file()):
+    if choice == "train" or Path(choice).expanduser().is_file():
         return None
-    where = f"there is no file {choice}" if choice else "not in a cache"
-    return (
-        f"PaliGemma tokenizer (4 MB, public): {where}.\n"
-        f"    fetch {TOKENIZER_URL} and give it with --tokenizer PATH\n"
-        f"    (from scratch, a small one is trained on the set's own text)"
-    )
+    if choice != PALIGEMMA_SOURCE:
+        return f"tokenizer: there is no file {choice}; give a SentencePiece model with --tokenizer PATH, or --tokenizer train"
+    try:
+        paligemma_tokenizer_path()
+    except (FileNotFoundError, ValueError) as error:
+        return f"{error}\n    (from scratch, a small one is trained on the set's own text)"
+    return None
 
 
 def describe(resolved: Resolved, out: Path) -> str:

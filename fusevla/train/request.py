@@ -2,18 +2,18 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from fusevla.files import cache_folder, openpi_cache_folder
 from fusevla.presets import PI05, PRESETS, TINY, Freeze, ModelConfig, Preset, ScheduleConfig, scratch_schedule
+from fusevla.tokens.ids import PALIGEMMA_SOURCE
 
 TOY = "toy"
 TOY_BASE = Path(__file__).parents[1] / "assets" / "toy_base"
 """The toy's base weights (``params``), tokenizer and statistics, part of the package."""
 BASE_URL = "gs://openpi-assets/checkpoints/pi05_base/params"
-TOKENIZER_URL = "gs://big_vision/paligemma_tokenizer.model"
 NONE = "none"
 
 
@@ -109,11 +109,6 @@ def _first_there(candidates: Iterable[Path]) -> str | None:
     return next((str(path.absolute()) for path in candidates if path.exists()), None)
 
 
-def cache_folder() -> Path:
-    """``$FUSEVLA_CACHE``, by default ``~/.cache/fusevla``."""
-    return Path(os.environ.get("FUSEVLA_CACHE", "~/.cache/fusevla")).expanduser()
-
-
 def default_data(name: str) -> tuple[str | None, str | None]:
     """(set, annotations) of a published preset where they lie under ``data/``; the toy's place, made on first use."""
     if name == TOY:
@@ -140,19 +135,15 @@ def default_weights(name: str) -> str | None:
     if name == TOY:
         return str(TOY_BASE / "params")
     own = cache_folder() / "gs"
-    openpi = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
     below = Path("openpi-assets") / "checkpoints" / "pi05_base" / "params"
-    return _first_there([own / below, openpi / below])
+    return _first_there([own / below, openpi_cache_folder() / below])
 
 
 def default_tokenizer(name: str, scratch: bool) -> str:
-    """The toy's own, ``train`` from scratch, or PaliGemma's where it lies in a cache ("" where it does not)."""
+    """The toy's own, ``train`` from scratch, or PaliGemma's (a URL: found in a cache, or fetched into one)."""
     if name == TOY:
         return str(TOY_BASE / "tokenizer.model")
-    if scratch:
-        return "train"
-    openpi = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser() / "big_vision"
-    return _first_there(folder / "paligemma_tokenizer.model" for folder in (cache_folder(), openpi)) or ""
+    return "train" if scratch else PALIGEMMA_SOURCE
 
 
 def resolve(request: Request, base: Preset | None = None) -> Resolved:

@@ -20,7 +20,8 @@ def command(*flags: str) -> list[str]:
 
 def environment(cache: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("XLA")}
-    return {**clean, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "FUSEVLA_CACHE": str(cache), "OPENPI_DATA_HOME": str(cache)}
+    no_network = {"https_proxy": "http://127.0.0.1:9", "FUSEVLA_CACHE": str(cache), "OPENPI_DATA_HOME": str(cache)}
+    return {**clean, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **no_network}
 
 
 def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:

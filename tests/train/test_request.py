@@ -1,6 +1,8 @@
 """From flags to a preset: the published tables, from-scratch rules, what is missing, and what resume refuses."""
 
 import dataclasses
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,12 @@ from fusevla.train.request import Request, RequestError, conflicts, continued, r
 
 @pytest.fixture(autouse=True)
 def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No data, no caches."""
+    """No data, no caches, no network."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FUSEVLA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "openpi"))
