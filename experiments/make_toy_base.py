@@ -29,10 +29,8 @@ import tyro
 
 if TYPE_CHECKING:
     from fusevla.arrays import Batch
+    from fusevla.data.toy_frames import Frames, Places
     from fusevla.tokens.tokenizer import Tokenizer
-
-Places = tuple[np.ndarray, np.ndarray]
-"""(float32[b, l, 4], bool[b, l]): per text token, where the thing is that it names, and whether it names one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,87 +55,7 @@ class Args:
     resume: bool = False
 
 
-TEXT_LENGTH = 24
-"""Every act-only prompt of the toy fits."""
-
-
-class Frames:
-    """Random access to the frames of base episodes as training samples."""
-
-    def __init__(self, tokenizer: "Tokenizer", count: int, seed: int):
-        from fusevla.data.toy import episodes, subgoal
-        from fusevla.data.toy_world import COLORS
-
-        self.tokenizer = tokenizer
-        self.episodes = list(episodes("base", count, seed))
-        self.names = {color: int(tokenizer.encode(subgoal(color))[1]) for color in COLORS}
-        self.tray = int(tokenizer.encode(subgoal("red"))[2])
-        # what follows the placing is waiting: two frames of it are enough; finding the block is the hard part: three times
-        self.rows = [
-            (i, t)
-            for i, episode in enumerate(self.episodes)
-            for t in range(episode.placed_at[0] + 2)
-            for _ in range(1 if episode.plan[0] in (episode.worlds[t].held, *episode.worlds[t].placed) else 3)
-        ]
-
-    def batch(self, rng: np.random.Generator, size: int) -> tuple["Batch", Places]:
-        """``size`` random frames, and where the things are that their prompts name."""
-        from fusevla.arrays import Batch, Observation
-
-        rows = [self.rows[i] for i in rng.integers(len(self.rows), size=size)]
-        samples = [self._sample(*row) for row in rows]
-        stacked = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-        cameras = [name for name in stacked if name.endswith("_rgb")]
-        here = np.ones(size, bool)
-        text = {name: stacked[name] for name in ("tokens", "token_mask", "token_ar_mask")}
-        observation = Observation({c: stacked[c] for c in cameras}, dict.fromkeys(cameras, here), stacked["state"], **text)
-        batch = Batch(observation, stacked["token_loss_mask"], here, stacked["actions"], stacked["action_is_pad"])
-        return batch, self._places(rows, stacked["tokens"])
-
-    def _places(self, rows: list[tuple[int, int]], tokens: np.ndarray) -> Places:
-        """For every token that names a thing: its offset from the gripper and its place on the table, about -1 to 1."""
-        from fusevla.data.toy_world import TABLE
-
-        where, named = np.zeros((*tokens.shape, 4), np.float32), np.zeros(tokens.shape, bool)
-        for row, (index, frame) in enumerate(rows):
-            world = self.episodes[index].worlds[frame]
-            things = dict(zip((self.names[color] for color in world.colors), world.blocks, strict=True)) | {self.tray: world.tray}
-            for token, centre in things.items():
-                named[row, tokens[row] == token] = True
-                where[row, tokens[row] == token] = [*(centre - world.gripper) / 2, *(2 * centre / TABLE - 1)]
-        return where, named
-
-    def _sample(self, index: int, frame: int) -> dict[str, np.ndarray]:
-        from fusevla.data.annotations import act_only_prefix
-        from fusevla.data.normalize import normalize
-        from fusevla.data.toy import norm_stats
-        from fusevla.data.toy_world import draw, state
-        from fusevla.data.transforms import action_chunk
-        from fusevla.presets import TOY_MODEL
-        from fusevla.tokens.protocol import digitize_state, encode_sample
-
-        episode, stats = self.episodes[index], norm_stats()
-        felt = normalize(state(episode.worlds[frame]), stats["state"])
-        bins, _ = digitize_state(felt)
-        text = encode_sample(self.tokenizer, act_only_prefix(episode.task), bins, None, "act", TEXT_LENGTH)
-        actions, is_pad = action_chunk(normalize(episode.actions, stats["actions"]), frame, TOY_MODEL.action_horizon)
-
-        def padded(values: np.ndarray) -> np.ndarray:
-            return np.pad(values, (0, TEXT_LENGTH - len(values)))
-
-        return {
-            **draw(episode.worlds[frame]),
-            "state": felt.astype(np.float32),
-            "tokens": padded(text.tokens),
-            "token_mask": padded(text.mask),
-            "token_ar_mask": padded(text.ar_mask),
-            "token_loss_mask": padded(text.loss_mask),
-            "actions": actions.astype(np.float32),
-            "action_is_pad": is_pad,
-        }
-
-
-def prefetched(frames: Frames, seed: int, steps: range, size: int) -> Iterator[tuple["Batch", Places]]:
+def prefetched(frames: "Frames", seed: int, steps: range, size: int) -> "Iterator[tuple[Batch, Places]]":
     """Batches of the steps, made in a thread beside the training; a step's batch depends on seed and step only."""
     ready: queue.Queue[tuple[Batch, Places]] = queue.Queue(4)
 
@@ -210,7 +128,7 @@ def centred(model: Any, batch: "Batch") -> Any:
     return eqx.tree_at(lambda m: (m.vision.patch.bias, m.vision.position), model, (jnp.asarray(bias), position))
 
 
-def place_loss(weights: Any, batch: tuple["Batch", Places], key: Any) -> Any:
+def place_loss(weights: Any, batch: "tuple[Batch, Places]", key: Any) -> Any:
     """Mean squared error of a linear read-out, after the first language layer, of where the named things are."""
     import jax
     import jax.numpy as jnp
@@ -228,7 +146,7 @@ def place_loss(weights: Any, batch: tuple["Batch", Places], key: Any) -> Any:
     return jnp.sum(error * named) / jnp.sum(named)
 
 
-def see(args: Args, model: Any, frames: Frames) -> Any:
+def see(args: Args, model: Any, frames: "Frames") -> Any:
     """The first stage: the model after it has learned where the things are that a prompt names."""
     import jax
     import optax
@@ -248,7 +166,7 @@ def see(args: Args, model: Any, frames: Frames) -> Any:
     return weights[0]
 
 
-def move(args: Args, model: Any, frames: Frames, held_out: Frames) -> Any:
+def move(args: Args, model: Any, frames: "Frames", held_out: "Frames") -> Any:
     """The second stage, resumed where OUT/state.eqx exists; returns the model."""
     import equinox as eqx
     import jax
@@ -304,6 +222,7 @@ def train(args: Args, tokenizer: "Tokenizer") -> Any:
     import equinox as eqx
     import jax
 
+    from fusevla.data.toy_frames import Frames
     from fusevla.model.fuse import init
     from fusevla.presets import TOY_MODEL
 

@@ -22,12 +22,12 @@ B = TypeVar("B")
 
 @runtime_checkable
 class Source(Protocol[S_co]):
-    """Random access to samples: picklable, pure in (row, epoch, seed), ``0 <= row < len(source)``."""
+    """Random access to samples: picklable, pure in (index, epoch, seed), ``0 <= index < len(source)``."""
 
     def __len__(self) -> int: ...
 
-    def __call__(self, row: int, epoch: int, seed: int) -> S_co:
-        """The sample at ``row`` as it is drawn in ``epoch`` of the run with ``seed``."""
+    def __call__(self, index: int, epoch: int, seed: int) -> S_co:
+        """The sample ``index`` as it is drawn in ``epoch`` of the run with ``seed``."""
         ...
 
 
