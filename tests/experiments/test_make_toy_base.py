@@ -14,13 +14,13 @@ from fusevla.presets import TOY_MODEL
 from fusevla.tokens.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
-SHORT = "--see-steps 120 --decay-steps 1 --warmup-steps 1 --episodes 8 --held-out 4 --eval-every 2".split()
+FEW = {"see-steps": 120, "decay-steps": 1, "warmup-steps": 1, "episodes": 8, "held-out": 4, "eval-every": 2}
 
 
 def make(out: Path, *flags: str) -> None:
     script = str(ROOT / "experiments" / "make_toy_base.py")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, script, "--out", str(out), *SHORT, *flags]
+    command = [sys.executable, script, "--out", str(out), *(f"--{name}={value}" for name, value in FEW.items()), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
 
