@@ -1,12 +1,13 @@
 """Checks of ``cot_simple.json``: every defect is found before the first one is reported."""
 
+import collections
 import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["AnnotationError", "check_document", "check_episodes"]
+__all__ = ["AnnotationError", "check_document", "document_steps", "inspect_document", "length_defects"]
 
 _FOREIGN = ("possible_contents", "user_answer", "user_intervention")
 """Keys (beginnings of keys) of OneTwoVLA's schema, which reads the same file with another meaning."""
@@ -33,43 +34,57 @@ def check_document(file: pathlib.Path) -> dict[str, Any]:
     Raises:
         AnnotationError: not JSON, or any defect of the schema.
     """
-    duplicates: list[str] = []
-
-    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        duplicates.extend(sorted({name for name in names if names.count(name) > 1}))
-        return dict(pairs)
-
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=as_dict)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AnnotationError(file, [f"expected JSON in UTF-8, got {error}"]) from None
-    if not isinstance(document, dict):
-        raise AnnotationError(file, [_defect("document", "an object of episodes", document)])
-    defects = [f"expected every key once in an object, got {name!r} more than once" for name in duplicates]
-    defects += _document_defects(document)
+    document, defects = inspect_document(file)
     if defects:
         raise AnnotationError(file, defects)
     return document
 
 
-def check_episodes(
-    starts: Mapping[int, Sequence[int]], ends: Mapping[int, Sequence[int]], lengths: Mapping[int, int], source: str
-) -> None:
-    """Compares annotated steps with the episodes' lengths; ``AnnotationError`` lists everything that does not fit."""
-    defects = []
+def inspect_document(file: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+    """The parsed file (empty where it is no JSON object) and everything that is wrong with it."""
+    duplicates: list[str] = []
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = collections.Counter(name for name, _ in pairs)
+        duplicates.extend(sorted(name for name, count in counts.items() if count > 1))
+        return dict(pairs)
+
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=as_dict)
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"expected JSON in UTF-8, got {error}"]
+    if not isinstance(document, dict):
+        return {}, [_defect("document", "an object of episodes", document)]
+    defects = [f"expected every key once in an object, got {name!r} more than once" for name in duplicates]
+    return document, defects + _document_defects(document)
+
+
+def document_steps(document: Mapping[str, Any]) -> dict[int, list[tuple[int, int]]]:
+    """(start_step, end_step) of each segment by episode, whatever else is wrong; (0, 0) for a segment without them."""
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for key, episode in document.items():
+        if not [*_key_defects(key)]:
+            segments = episode.get("segments") if isinstance(episode, dict) else None
+            steps[int(key)] = [_steps_of(segment) for segment in segments] if isinstance(segments, list) else []
+    return steps
+
+
+def _steps_of(segment: Any) -> tuple[int, int]:
+    start, end = (segment.get("start_step"), segment.get("end_step")) if isinstance(segment, dict) else (0, 0)
+    return (start, end) if isinstance(start, int) and isinstance(end, int) else (0, 0)
+
+
+def length_defects(steps: Mapping[int, Sequence[tuple[int, int]]], lengths: Mapping[int, int]) -> Iterator[str]:
+    """Annotated steps (by episode and segment) that do not fit the ``lengths`` of the episodes that are used."""
     for index, length in sorted(lengths.items()):
-        if index not in starts:
-            defects.append(f"episode {index}: expected an annotation for every episode that is used, got none")
-            continue
-        for number, (start, end) in enumerate(zip(starts[index], ends[index], strict=True)):
+        if index not in steps:
+            yield f"episode {index}: expected an annotation for every episode that is used, got none"
+        for number, (start, end) in enumerate(steps.get(index, ())):
             where = f"episode {index}: segment {number}"
             if start >= length:
-                defects.append(f"{where}: {_defect('start_step', f'< {length}, the length of the episode', start)}")
+                yield f"{where}: {_defect('start_step', f'< {length}, the length of the episode', start)}"
             elif end > length:
-                defects.append(f"{where}: {_defect('end_step', f'<= {length}, the length of the episode', end)}")
-    if defects:
-        raise AnnotationError(source, defects)
+                yield f"{where}: {_defect('end_step', f'<= {length}, the length of the episode', end)}"
 
 
 def _document_defects(document: Mapping[str, Any]) -> list[str]:
@@ -91,7 +106,7 @@ def _document_defects(document: Mapping[str, Any]) -> list[str]:
 
 
 def _key_defects(key: str) -> Iterator[str]:
-    if not (key.isascii() and key.isdigit() and str(int(key)) == key):
+    if not (key.isascii() and key.isdigit() and len(key) < 10 and str(int(key)) == key):
         yield _defect("key", "an episode number such as '0'", key)
 
 
@@ -139,13 +154,13 @@ def _segment_defects(segment: Any, last: bool) -> Iterator[str]:
 
 def _text_defects(segment: Mapping[str, Any]) -> Iterator[str]:
     content = segment.get("content")
-    if not isinstance(content, str) or not content.strip():
+    if not _is_text(content):
         yield _defect("content", "a text that is not empty", content)
     if "updated_content" not in segment:
         yield "updated_content: expected a text (think) or null (act), got nothing (the key is missing)"
     for key in _OPTIONAL_TEXTS:
         value = segment.get(key)
-        if value is not None and (not isinstance(value, str) or not value.strip()):
+        if value is not None and not _is_text(value):
             yield _defect(key, "a text that is not empty, or null", value)
     if segment.get("updated_content") is None and segment.get("updated_content_w_instruction") is not None:
         yield "updated_content_w_instruction: expected only where updated_content is not null, got both a text and null"
@@ -193,6 +208,11 @@ def _foreign_defects(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    """Not blank, and free of the lone surrogates that JSON can spell and UTF-8 cannot."""
+    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="replace").decode()
 
 
 def _is_step(value: Any) -> bool:

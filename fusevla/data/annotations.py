@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusevla.data.annotation_schema import AnnotationError, check_document, check_episodes
+from fusevla.data.annotation_schema import AnnotationError, check_document, length_defects
 
 __all__ = [
     "AnnotationError",
@@ -33,6 +33,7 @@ __all__ = [
     "load_annotations",
     "plan_thought",
     "possible_thoughts",
+    "think_probability",
     "with_instruction",
 ]
 
@@ -152,9 +153,12 @@ def check_annotations(annotations: Annotations, lengths: Mapping[int, int], sour
     Raises:
         AnnotationError: one message with every episode that has no annotation or is too short for its segments.
     """
-    starts = {index: [segment.start_step for segment in episode.segments] for index, episode in annotations.episodes.items()}
-    ends = {index: [segment.end_step for segment in episode.segments] for index, episode in annotations.episodes.items()}
-    check_episodes(starts, ends, lengths, source)
+    steps = {
+        index: [(segment.start_step, segment.end_step) for segment in episode.segments]
+        for index, episode in annotations.episodes.items()
+    }
+    if defects := [*length_defects(steps, lengths)]:
+        raise AnnotationError(source, defects)
 
 
 def choose_thought(
@@ -190,13 +194,23 @@ def choose_thought(
     if vision_language:
         return _random_reason(annotation, r2)
     segment = annotation.segment_at(frame, length)
+    think = r1 < think_probability(annotation, frame, length, use_outdated_reasoning)
     if segment.updated_content is not None:
         in_start = annotation.start_interval[0] <= frame < annotation.start_interval[1]
-        return _think(segment, r1 < _ramp(REASON_PROBABILITY, segment, frame, length), in_start or r2 < keep_reason)
-    outdated = segment.outdated_content if use_outdated_reasoning else None
-    if outdated is not None and r1 < _ramp(OUTDATED_REASON_PROBABILITY, segment, frame, length):
-        return Thought(outdated, segment.content, "reason_outdated", actions=False)
+        return _think(segment, think, in_start or r2 < keep_reason)
+    if think and segment.outdated_content is not None:
+        return Thought(segment.outdated_content, segment.content, "reason_outdated", actions=False)
     return Thought(segment.content, None, "act")
+
+
+def think_probability(annotation: EpisodeAnnotation, frame: int, length: int, use_outdated_reasoning: bool = True) -> float:
+    """The bound below which ``r1`` draws the thinking side of ``choose_thought`` at a frame. IndexError outside the episode."""
+    segment = annotation.segment_at(frame, length)
+    if segment.updated_content is not None:
+        return _ramp(REASON_PROBABILITY, segment, frame, length)
+    if segment.outdated_content is not None and use_outdated_reasoning:
+        return _ramp(OUTDATED_REASON_PROBABILITY, segment, frame, length)
+    return 0.0
 
 
 def possible_thoughts(

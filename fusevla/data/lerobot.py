@@ -21,7 +21,16 @@ from fusevla.data.lerobot_tables import EpisodeTable, read_tables
 from fusevla.data.lerobot_write import EpisodeFrames, encode_image, write_lerobot_v21
 from fusevla.data.parquet_pages import ByteColumn, PageCache
 
-__all__ = ["Episode", "EpisodeFrames", "LeRobotError", "LeRobotSet", "encode_image", "open_set", "write_lerobot_v21"]
+__all__ = [
+    "Episode",
+    "EpisodeFrames",
+    "LeRobotError",
+    "LeRobotSet",
+    "encode_image",
+    "inspect_set",
+    "open_set",
+    "write_lerobot_v21",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +184,24 @@ def open_set(
         LeRobotError: listing every defect: files missing or truncated, columns not found, wrong dimensions, NaN, an
             info.json that disagrees with what it describes. Pixels are checked when they are read.
     """
-    meta = read_meta(Path(root).expanduser())
-    defects = Defects(meta.root)
-    found: dict[str, str] = {}
+    defects = Defects(Path(root).expanduser())
+    data = inspect_set(defects.root, columns, cameras, defects)
+    defects.stop_if_any()
+    if data is None:
+        raise LeRobotError(root, ["nothing can be read."])
+    return data
+
+
+def inspect_set(root: Path, columns: Iterable[Sequence[str]], cameras: Sequence[str], defects: Defects) -> LeRobotSet | None:
+    """As ``open_set``, but what is wrong is noted in ``defects`` and the rest of the set is read all the same.
+
+    None where nothing is left. After a defect the result is there for its images: its numbers are left out.
+    """
+    meta = read_meta(root, defects)
+    if meta is None:
+        return None
     columns = [tuple(pair) for pair in columns]
+    found: dict[str, str] = {}
     for name in ("state", "actions", *cameras):
         visual = name not in ("state", "actions")
         available = [key for key, feature in meta.features.items() if (feature["dtype"] in ("image", "video", "uint8")) == visual]
@@ -186,17 +209,23 @@ def open_set(
             found[name] = find_column(name, available, columns)
         except ValueError as error:
             defects.add("meta/info.json", str(error))
-    defects.stop_if_any()
-    _check_visual(meta, [found[camera] for camera in cameras], defects)
-    tables = read_tables(meta, found["state"], found["actions"], [found[camera] for camera in cameras], defects)
-    defects.stop_if_any()
-    good = [table for table in tables if table is not None]
-    return LeRobotSet(meta, good, {camera: found[camera] for camera in cameras})
+    found = {name: column for name, column in found.items() if name in ("state", "actions") or _is_visual(meta, column, defects)}
+    images = {name: column for name, column in found.items() if name not in ("state", "actions")}
+    if len(found) == len(images) or not meta.episodes:
+        return None
+    tables = read_tables(meta, found.get("state"), found.get("actions"), list(images.values()), defects)
+    pairs = [(record, _without_numbers(table) if defects else table) for record, table in zip(meta.episodes, tables) if table]
+    good = tuple(dataclasses.replace(record, length=len(table.actions)) for record, table in pairs)
+    return LeRobotSet(dataclasses.replace(meta, episodes=good), [table for _, table in pairs], images) if pairs else None
 
 
-def _check_visual(meta: SetMeta, columns: Sequence[str], defects: Defects) -> None:
-    for column in columns:
-        shape = meta.features[column]["shape"]
-        if len(shape) != 3 or 3 not in (shape[0], shape[-1]):
-            defects.add("meta/info.json", f"camera {column!r} must be [height, width, 3] or [3, height, width]; got {shape}.")
-    defects.stop_if_any()
+def _without_numbers(table: EpisodeTable) -> EpisodeTable:
+    return dataclasses.replace(table, state=table.state[:, :0], actions=table.actions[:, :0])
+
+
+def _is_visual(meta: SetMeta, column: str, defects: Defects) -> bool:
+    shape = meta.features[column]["shape"]
+    if len(shape) == 3 and 3 in (shape[0], shape[-1]):
+        return True
+    defects.add("meta/info.json", f"camera {column!r} must be [height, width, 3] or [3, height, width]; got {shape}.")
+    return False

@@ -70,71 +70,88 @@ class EpisodeRecord:
 
 @dataclasses.dataclass(frozen=True)
 class SetMeta:
-    """The checked meta folder. ``features`` maps a column to its {dtype, shape} of info.json."""
+    """The checked meta folder. ``features`` maps a column to its {dtype, shape} of info.json; ``info`` is all of that file."""
 
     root: Path
     version: str
     fps: float
+    """NaN where info.json gives none that can be used (a defect)."""
     features: dict[str, dict[str, Any]]
     tasks: dict[int, str]
     episodes: tuple[EpisodeRecord, ...]
+    info: dict[str, Any]
 
 
-def read_meta(root: Path) -> SetMeta:
-    """Read and check ``root/meta``. Raises LeRobotError with every defect found."""
-    defects = Defects(root)
+def read_meta(root: Path, defects: Defects) -> SetMeta | None:
+    """Read and check ``root/meta``. What is wrong is noted in ``defects``; None where too little is left to look further."""
     if not root.is_dir():
         defects.append(f"{root} is not a folder. Give the folder that contains meta/info.json.")
-    elif not (root / "meta/info.json").is_file():
+        return None
+    if not (root / "meta/info.json").is_file():
         defects.add("meta/info.json", "is missing. Give the folder of a LeRobot set (it contains meta/ and data/).")
-    defects.stop_if_any()
+        return None
     info = _read_info(root, defects)
+    if info is None:
+        return None
     tasks = _read_tasks(root, info["codebase_version"], defects)
+    unread = len(defects)
     episodes = _read_episodes(root, info, defects)
-    defects.stop_if_any()
-    _check_totals(info, tasks, episodes, defects)
-    defects.stop_if_any()
-    return SetMeta(root, info["codebase_version"], float(info["fps"]), info["features"], tasks, tuple(episodes))
+    _check_totals(info, tasks, episodes, complete=len(defects) == unread, defects=defects)
+    return SetMeta(root, info["codebase_version"], info["fps"], info["features"], tasks, tuple(episodes), info)
 
 
-def _read_info(root: Path, defects: Defects) -> dict[str, Any]:
+def _read_info(root: Path, defects: Defects) -> dict[str, Any] | None:
+    """info.json with the features and the fps that can be used; None where nothing else could be read with it."""
     where = "meta/info.json"
     try:
         info = json.loads((root / where).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise LeRobotError(root, [f"{where}: is not readable JSON ({error})."]) from error
+        defects.add(where, f"is not readable JSON ({error}).")
+        return None
     if not isinstance(info, dict):
-        raise LeRobotError(root, [f"{where}: must be a JSON object; got {type(info).__name__}."])
-    if info.get("codebase_version") not in VERSIONS:
-        defects.add(where, f"codebase_version must be one of {', '.join(VERSIONS)}; got {info.get('codebase_version')!r}.")
-    fps = info.get("fps")
-    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < 1e5:
-        defects.add(where, f"fps must be a positive number; got {fps!r}.")
-    if not isinstance(info.get("data_path"), str):
-        defects.add(where, f"data_path must be a path template; got {info.get('data_path')!r}.")
-    _check_features(info.get("features"), defects)
-    defects.stop_if_any()
-    return info
+        defects.add(where, f"must be a JSON object; got {type(info).__name__}.")
+        return None
+    version, template = info.get("codebase_version"), info.get("data_path")
+    fps: Any = info.get("fps")
+    if version not in VERSIONS:
+        defects.add(where, f"codebase_version must be one of {', '.join(VERSIONS)}; got {version!r:.200}.")
+    good_fps = isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps < 1e5
+    if not good_fps:
+        defects.add(where, f"fps must be a positive number; got {fps!r:.200}.")
+    if not isinstance(template, str):
+        defects.add(where, f"data_path must be a path template; got {template!r:.200}.")
+    features = _good_features(info.get("features"), defects)
+    if version not in VERSIONS or not isinstance(template, str) or not features:
+        return None
+    return info | {"features": features, "fps": float(fps) if good_fps else float("nan")}
 
 
-def _check_features(features: Any, defects: Defects) -> None:
+def _good_features(features: Any, defects: Defects) -> dict[str, dict[str, Any]]:
     where = "meta/info.json"
     if not isinstance(features, dict) or not features:
-        return defects.add(where, f"features must be an object of columns; got {type(features).__name__}.")
+        defects.add(where, f"features must be an object of columns; got {type(features).__name__}.")
+        return {}
+    good = {}
     for name, feature in features.items():
         shape = feature.get("shape") if isinstance(feature, dict) else None
-        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 < size < 1 << 20 for size in shape):
+        if not isinstance(shape, list) or not all(_is_index(size) and 0 < size < 1 << 20 for size in shape):
             defects.add(where, f"feature {name!r} needs a dtype and a shape of positive integers; got {feature!r:.200}.")
         elif not isinstance(feature.get("dtype"), str):
-            defects.add(where, f"feature {name!r} needs a dtype; got {feature.get('dtype')!r}.")
+            defects.add(where, f"feature {name!r} needs a dtype; got {feature.get('dtype')!r:.200}.")
+        else:
+            good[name] = feature
+    return good
 
 
-def _check_totals(info: Mapping[str, Any], tasks: Mapping[int, str], episodes: list[EpisodeRecord], defects: Defects) -> None:
+def _check_totals(
+    info: Mapping[str, Any], tasks: Mapping[int, str], episodes: list[EpisodeRecord], complete: bool, defects: Defects
+) -> None:
     """info.json against the episode records: the counts it claims must be the counts there are."""
     frames = sum(episode.length for episode in episodes)
-    for key, found in (("total_episodes", len(episodes)), ("total_frames", frames), ("total_tasks", len(tasks))):
-        if key in info and info[key] != found:
-            defects.add("meta/info.json", f"{key} says {info[key]!r}, the records beside it hold {found}.")
+    found = {"total_tasks": len(tasks)} | ({"total_episodes": len(episodes), "total_frames": frames} if complete else {})
+    for key, count in found.items():
+        if key in info and (isinstance(info[key], bool) or info[key] != count):
+            defects.add("meta/info.json", f"{key} says {info[key]!r:.200}, the records beside it hold {count}.")
     if not episodes:
         defects.add("meta", "lists no episode.")
 
@@ -180,8 +197,8 @@ def _read_tasks(root: Path, version: str, defects: Defects) -> dict[int, str]:
     for where, row in rows:
         index: Any = row.get("task_index")
         # v3.0 keeps the text in the frame's index: "task" or, unnamed, "__index_level_0__"
-        task = row.get("task", row.get("__index_level_0__"))
-        if not _is_index(index) or not isinstance(task, str) or not task.strip():
+        task: Any = row.get("task", row.get("__index_level_0__"))
+        if not _is_index(index) or not _is_text(task):
             defects.add(where, f"needs an integer task_index and a task text; got {row!r:.200}.")
         elif index in tasks:
             defects.add(where, f"task_index {index} appears twice.")
@@ -194,6 +211,11 @@ def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_text(value: Any) -> bool:
+    """Not blank, and free of the lone surrogates that JSON can spell and UTF-8 cannot."""
+    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="replace").decode()
+
+
 def _read_episodes(root: Path, info: Mapping[str, Any], defects: Defects) -> list[EpisodeRecord]:
     version3 = info["codebase_version"] == "v3.0"
     episodes: dict[int, EpisodeRecord] = {}
@@ -202,8 +224,8 @@ def _read_episodes(root: Path, info: Mapping[str, Any], defects: Defects) -> lis
         length: Any = row.get("length")
         tasks = row.get("tasks", [])
         if not _is_index(index) or not _is_index(length) or length == 0:
-            defects.add(where, f"needs an episode_index and a positive length; got {index!r} and {length!r}.")
-        elif not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+            defects.add(where, f"needs an episode_index and a positive length; got {index!r:.100} and {length!r:.100}.")
+        elif not isinstance(tasks, list) or not all(_is_text(task) for task in tasks):
             defects.add(where, f"tasks must be a list of texts; got {tasks!r:.200}.")
         elif index in episodes:
             defects.add(where, f"episode_index {index} appears twice.")
@@ -213,14 +235,17 @@ def _read_episodes(root: Path, info: Mapping[str, Any], defects: Defects) -> lis
             except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
                 defects.add(where, f"no file follows from the path templates of info.json for episode {index} ({error!r}).")
                 continue
+            for problem in _span_problems(row, length, info["fps"], videos):
+                defects.add(where, f"episode {index}: {problem}")
             episodes[index] = EpisodeRecord(index, length, tasks[0] if len(tasks) == 1 else None, path, videos)
     return [episodes[index] for index in sorted(episodes)]
 
 
 def _episode_rows_v3(root: Path, info: Mapping[str, Any], defects: Defects) -> Iterator[tuple[str, dict[str, Any]]]:
     columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+    columns += ["dataset_from_index", "dataset_to_index"]
     for video in _video_keys(info):
-        columns += [f"videos/{video}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        columns += [f"videos/{video}/{name}" for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
     files = sorted((root / "meta/episodes").glob("*/*.parquet"))
     if not files:
         defects.add("meta/episodes", "has no parquet file; a v3.0 set lists its episodes there.")
@@ -248,7 +273,23 @@ def _paths_v3(root: Path, info: Mapping[str, Any], index: int, row: Mapping[str,
     return _inside(root, info["data_path"].format(**fields)), videos
 
 
+def _span_problems(row: Mapping[str, Any], length: int, fps: float, videos: Mapping[str, VideoSpan]) -> Iterator[str]:
+    """v3.0 says an episode's extent several times; a start that is wrong would shift every frame of a video."""
+    first, last = row.get("dataset_from_index"), row.get("dataset_to_index")
+    if first is not None and last is not None and last - first != length:
+        yield f"length {length} expected to be dataset_to_index - dataset_from_index, got {last} - {first}."
+    for key, span in videos.items():
+        end = row.get(f"videos/{key}/to_timestamp")
+        if not span.start >= 0 or span.start == float("inf"):
+            yield f"from_timestamp of {key} must not be negative; got {span.start}."
+        elif end is not None and abs((end - span.start) * fps - length) > 0.5:
+            took = f"{span.start:g} s to {end:g} s at fps {fps:g}"
+            yield f"length {length} expected to be its part of the video of {key}, got {took}."
+
+
 def _inside(root: Path, relative: str) -> Path:
+    if len(relative) > 1000 or "\0" in relative:
+        raise ValueError(f"not a path: {relative!r:.100}")
     if Path(relative).is_absolute() or ".." in Path(relative).parts:
         raise ValueError(f"{relative!r} leaves the set's folder")
     return root / relative

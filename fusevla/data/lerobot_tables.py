@@ -18,6 +18,10 @@ from fusevla.data.lerobot_meta import Defects, EpisodeRecord, SetMeta
 __all__ = ["EpisodeTable", "column_matrix", "read_tables"]
 
 THREADS = 4
+COUNTERS = ("episode_index", "frame_index", "index", "timestamp", "task_index")
+"""Bookkeeping columns; a file may lack any of them."""
+Columns = tuple[str | None, str | None]
+"""Of the state and of the actions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +35,13 @@ class EpisodeTable:
     task: str
 
 
-def read_tables(meta: SetMeta, state: str, actions: str, images: Sequence[str], defects: Defects) -> list[EpisodeTable | None]:
-    """Read the columns named ``state`` and ``actions`` of every episode; None (and a defect) where one cannot be used.
+def read_tables(
+    meta: SetMeta, state: str | None, actions: str | None, images: Sequence[str], defects: Defects
+) -> list[EpisodeTable | None]:
+    """Read the columns named ``state`` and ``actions`` of every episode, and note in ``defects`` all that is wrong with them.
 
-    ``images`` are columns that every parquet file must have too (videos are checked for their file).
+    None where an episode's rows cannot be told; a column that cannot be read (or has no name) has no dimensions. ``images``
+    are columns that every parquet file must have too (videos are checked for their file).
     """
     files: dict[Path, list[EpisodeRecord]] = {}
     for episode in meta.episodes:
@@ -42,9 +49,8 @@ def read_tables(meta: SetMeta, state: str, actions: str, images: Sequence[str], 
         for column in images:
             if column in episode.videos and not episode.videos[column].path.is_file():
                 defects.add(_name(meta, episode.videos[column].path), f"is missing (video of episode {episode.index}, {column}).")
-    columns = (state, actions)
     with ThreadPoolExecutor(THREADS) as pool:  # Arrow releases the GIL
-        results = list(pool.map(lambda item: _read_file(meta, item[0], item[1], columns, images), files.items()))
+        results = list(pool.map(lambda item: _read_file(meta, item[0], item[1], (state, actions), images), files.items()))
     tables: dict[int, EpisodeTable] = {}
     for found, problems in results:
         tables |= found
@@ -57,32 +63,34 @@ def _name(meta: SetMeta, path: Path) -> str:
 
 
 def _read_file(
-    meta: SetMeta, path: Path, episodes: list[EpisodeRecord], columns: tuple[str, str], images: Sequence[str]
+    meta: SetMeta, path: Path, episodes: list[EpisodeRecord], columns: Columns, images: Sequence[str]
 ) -> tuple[dict[int, EpisodeTable], Defects]:
     defects, where = Defects(meta.root), _name(meta, path)
+    wanted = [name for name in columns if name is not None]
     try:
-        table = _read_columns(path, columns, [name for name in images if name not in episodes[0].videos])
-        values = {name: column_matrix(table[name], meta.features[name]["shape"]) for name in columns}
-        counters = {name: _counter(table[name]) for name in table.column_names if name not in columns}
+        file = pq.ParquetFile(path)
+        names = set(file.schema_arrow.names)
+        for name in (*wanted, *images):
+            if name not in names and name not in episodes[0].videos:
+                defects.add(where, f"lacks column {name!r}, which info.json announces.")
+        table = file.read([name for name in (*wanted, *COUNTERS) if name in names], use_threads=False)
     except FileNotFoundError:
         defects.add(where, f"is missing (episodes {[episode.index for episode in episodes][:5]} should be in it).")
-    except KeyError as error:
-        defects.add(where, f"lacks column {error.args[0]!r}, which info.json announces.")
-    except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        return {}, defects
+    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
         defects.add(where, f"cannot be read, it may be truncated or of another type ({error}).")
-    else:
-        return _split(meta, path, episodes, values, counters, columns, defects), defects
-    return {}, defects
-
-
-def _read_columns(path: Path, columns: tuple[str, str], images: Sequence[str]) -> pa.Table:
-    file = pq.ParquetFile(path)
-    names = file.schema_arrow.names
-    for name in (*columns, *images):
-        if name not in names:
-            raise KeyError(name)
-    counters = [name for name in ("episode_index", "frame_index", "timestamp", "task_index") if name in names]
-    return file.read([*columns, *counters], use_threads=False)
+        return {}, defects
+    values: dict[str | None, np.ndarray] = {}
+    counters: dict[str, np.ndarray] = {}
+    for name in table.column_names:
+        try:
+            if name in wanted:
+                values[name] = column_matrix(table[name], meta.features[name]["shape"])
+            else:
+                counters[name] = _counter(table[name], name)
+        except (pa.ArrowException, ValueError, TypeError) as error:
+            defects.add(where, f"column {name!r} cannot be read: {error}.")
+    return _split(meta, path, table.num_rows, episodes, values, counters, columns, defects), defects
 
 
 def column_matrix(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray:
@@ -105,27 +113,29 @@ def column_matrix(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray:
         return array.to_numpy(zero_copy_only=False).astype(np.float32).reshape(rows, width)
 
 
-def _counter(column: pa.ChunkedArray) -> np.ndarray:
+def _counter(column: pa.ChunkedArray, name: str) -> np.ndarray:
     """A bookkeeping column as [T]; some writers store it as lists of one number."""
     array = column.combine_chunks()
-    if pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+    while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
-    if array.null_count or len(array) != len(column) or not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
-        raise ValueError(f"a bookkeeping column needs one number per row, got {array.type} with {array.null_count} nulls")
+    good = pa.types.is_integer(array.type) or (pa.types.is_floating(array.type) and name == "timestamp")
+    if array.null_count or len(array) != len(column) or not good:
+        kind = "number" if name == "timestamp" else "integer"
+        raise ValueError(f"one {kind} per row expected, got {len(array)} of {array.type} ({array.null_count} null)")
     return array.to_numpy(zero_copy_only=False)
 
 
 def _split(
     meta: SetMeta,
     path: Path,
+    rows: int,
     episodes: list[EpisodeRecord],
-    values: Mapping[str, np.ndarray],
+    values: Mapping[str | None, np.ndarray],
     counters: Mapping[str, np.ndarray],
-    columns: tuple[str, str],
+    columns: Columns,
     defects: Defects,
 ) -> dict[int, EpisodeTable]:
     """Cut a file into its episodes and check each."""
-    rows = len(values[columns[0]])
     of_row = counters.get("episode_index")
     if of_row is None:
         if len(episodes) > 1:
@@ -138,19 +148,24 @@ def _split(
     for episode in episodes:
         found = np.flatnonzero(of_row == episode.index)
         where = f"{_name(meta, path)}, episode {episode.index}"
-        if len(found) != episode.length or found[-1] - found[0] + 1 != len(found):
+        together = len(found) > 0 and found[-1] - found[0] + 1 == len(found)
+        if len(found) != episode.length or not together:
             defects.add(where, f"{episode.length} consecutive rows expected (meta folder), got {len(found)}.")
+        if not together:
             continue
         part = slice(int(found[0]), int(found[-1]) + 1)
-        _check_finite(where, {name: values[name][part] for name in columns}, defects)
+        _check_finite(where, {name: table[part] for name, table in values.items()}, defects)
         _check_counters(meta, where, {name: column[part] for name, column in counters.items()}, defects)
         task = _task(meta, where, episode, counters.get("task_index", np.zeros(0, np.int64))[part], defects)
-        state, actions = (np.ascontiguousarray(values[name][part]) for name in columns)
+        state, actions = (
+            np.ascontiguousarray(values[name][part]) if name in values else np.zeros((len(found), 0), np.float32)
+            for name in columns
+        )
         tables[episode.index] = EpisodeTable(path, part.start, state, actions, task)
     return tables
 
 
-def _check_finite(where: str, values: Mapping[str, np.ndarray], defects: Defects) -> None:
+def _check_finite(where: str, values: Mapping[str | None, np.ndarray], defects: Defects) -> None:
     for name, part in values.items():
         bad = np.argwhere(~np.isfinite(part))
         if len(bad):
@@ -164,11 +179,22 @@ def _check_counters(meta: SetMeta, where: str, counters: Mapping[str, np.ndarray
     if frames is not None and not np.array_equal(frames, np.arange(len(frames))):
         first = int(np.flatnonzero(frames != np.arange(len(frames)))[0])
         defects.add(where, f"frame_index must count 0, 1, 2, ...; row {first} has {frames[first]!r}.")
+    index = counters.get("index")
+    if index is not None and (np.diff(index) != 1).any():
+        defects.add(where, f"index must count up by 1; it does not after row {int(np.flatnonzero(np.diff(index) != 1)[0])}.")
     times = counters.get("timestamp")
-    if times is not None and len(times) > 1:
-        step = float(np.median(np.diff(times.astype(np.float64))))
-        if not abs(step * meta.fps - 1) < 0.1:
-            defects.add(where, f"timestamps are {step:g} s apart; info.json says fps {meta.fps:g} ({1 / meta.fps:g} s).")
+    if times is not None and len(times) > 1 and np.isfinite(meta.fps):
+        _check_times(where, np.diff(times.astype(np.float64)), meta.fps, defects)
+
+
+def _check_times(where: str, steps: np.ndarray, fps: float, defects: Defects) -> None:
+    step = float(np.median(steps))
+    irregular = np.flatnonzero(~(np.abs(steps * fps - 1) < 0.5))
+    if not abs(step * fps - 1) < 0.1:
+        defects.add(where, f"timestamps are {step:g} s apart; info.json says fps {fps:g} ({1 / fps:g} s).")
+    elif len(irregular):
+        row = int(irregular[0])
+        defects.add(where, f"timestamp of row {row + 1} expected {1 / fps:g} s after the one before, got {steps[row]:g} s.")
 
 
 def _task(meta: SetMeta, where: str, episode: EpisodeRecord, indices: np.ndarray, defects: Defects) -> str:

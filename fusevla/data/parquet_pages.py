@@ -110,7 +110,15 @@ class ByteColumn:
         if not self._arrow_only:
             try:
                 return self._read_page(group, row - self._starts[group])
-            except (UnsupportedPageError, struct.error, IndexError, ValueError, pa.ArrowException):
+            except (
+                UnsupportedPageError,
+                struct.error,
+                LookupError,
+                ValueError,
+                OverflowError,
+                RecursionError,
+                pa.ArrowException,
+            ):
                 self._arrow_only = True  # Arrow reads it, or says what is wrong with it
         return self._read_group(group)[row - self._starts[group]]
 
@@ -171,6 +179,8 @@ def _walk_pages(path: Path, metadata: pq.FileMetaData, group: int, leaf: str) ->
     while offset < end and rows < row_group.num_rows:
         header, size = _page_header(path, offset)
         page = _page(header, offset + size, rows)
+        if not 0 <= page.compressed <= end - page.offset or not 0 <= page.uncompressed <= column.total_uncompressed_size:
+            raise ValueError("a page reaches past its column: the file is damaged")
         offset = page.offset + page.compressed
         if header[1] == DICTIONARY_PAGE:
             dictionary = page
