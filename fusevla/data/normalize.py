@@ -14,6 +14,7 @@ import numpy as np
 
 from fusevla.arrays import Float
 from fusevla.data.lerobot import LeRobotSet
+from fusevla.files import write_whole
 
 __all__ = [
     "Method",
@@ -59,7 +60,8 @@ def array_stats(values: Float[np.ndarray, "n a"]) -> NormStats:
 def compute_norm_stats(data: LeRobotSet, episodes: Sequence[int] | None = None) -> dict[str, NormStats]:
     """Statistics of ``state`` and ``actions`` over every frame, or over the ``episodes`` at these positions. Decodes no image."""
     positions = range(len(data.episodes)) if episodes is None else episodes
-    rows = np.concatenate([np.arange(len(data))[data.episode_slice(i)] for i in positions])
+    spans = [data.episode_slice(i) for i in positions]
+    rows = np.concatenate([np.arange(span.start, span.stop) for span in spans])
     return {"state": array_stats(data.state[rows]), "actions": array_stats(data.actions[rows])}
 
 
@@ -164,6 +166,5 @@ def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> Path:
     """Write ``norm_stats.json`` (into ``path`` if that is a folder) and return the file; readable by openpi."""
     path = Path(path).expanduser()
     path = path / "norm_stats.json" if path.is_dir() else path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stats_to_json(stats), indent=2), encoding="utf-8")
+    write_whole(path, json.dumps(stats_to_json(stats), indent=2).encode())
     return path

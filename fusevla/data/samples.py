@@ -121,7 +121,8 @@ class SampleSource:
         self.cameras = tuple(camera for camera in used_cameras(data) if camera in frames.cameras)
         self.max_len = min(data.max_token_len, max(data.text_buckets))
         self._check()
-        self.rows: Int[np.ndarray, " n"] = np.concatenate([np.arange(len(frames.actions))[self._span(i)] for i in self.episodes])
+        spans = [self._span(i) for i in self.episodes]
+        self.rows: Int[np.ndarray, " n"] = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         states = _normalized(frames.state[self.rows], stats, "state")
         widest = np.ones(states.shape[-1])
         self.report: TextReport = measure_text(
