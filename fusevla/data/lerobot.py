@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from fusevla.data.encoded import check_encoded
 from fusevla.data.lerobot_columns import find_column
-from fusevla.data.lerobot_meta import Defects, EpisodeRecord, LeRobotError, SetMeta, read_meta
+from fusevla.data.lerobot_meta import Defects, EpisodeRecord, LeRobotError, SetMeta, VideoSpan, read_meta
 from fusevla.data.lerobot_tables import EpisodeTable, read_tables
 from fusevla.data.lerobot_write import EpisodeFrames, encode_image, write_lerobot_v21
 from fusevla.data.parquet_pages import ByteColumn, PageCache
@@ -31,6 +32,8 @@ __all__ = [
     "open_set",
     "write_lerobot_v21",
 ]
+
+NUMBERS = ("state", "actions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +55,17 @@ class LeRobotSet:
         root, version, fps: the folder, ``v2.0`` / ``v2.1`` / ``v3.0``, frames per second.
         episodes: ``tuple[Episode, ...]``, ascending by number.
         state: float32 [rows, state_dim]; actions: float32 [rows, action_dim], as stored.
-        cameras: camera name -> column.
+        cameras: camera name -> column; columns: the same with ``state`` and ``actions``.
+        info: info.json.
     """
 
-    def __init__(self, meta: SetMeta, tables: Sequence[EpisodeTable], cameras: dict[str, str]) -> None:
-        self.root, self.version, self.fps = meta.root, meta.version, meta.fps
+    def __init__(self, meta: SetMeta, tables: Sequence[EpisodeTable], columns: dict[str, str]) -> None:
+        self.root, self.version, self.fps, self.info = meta.root, meta.version, meta.fps, meta.info
         self.episodes = tuple(Episode(e.index, e.length, t.task) for e, t in zip(meta.episodes, tables, strict=True))
         self.state = np.concatenate([table.state for table in tables])
         self.actions = np.concatenate([table.actions for table in tables])
-        self.cameras = dict(cameras)
+        self.columns = dict(columns)
+        self.cameras = {name: column for name, column in columns.items() if name not in NUMBERS}
         self._starts = np.cumsum([0, *(episode.length for episode in self.episodes)])
         self._records: tuple[EpisodeRecord, ...] = meta.episodes
         self._first_rows = [table.first_row for table in tables]
@@ -95,8 +100,11 @@ class LeRobotSet:
         i = int(np.searchsorted(self._starts, row, side="right")) - 1
         return i, row - int(self._starts[i])
 
-    def image(self, camera: str, row: int) -> np.ndarray:
-        """The frame of ``camera`` at ``row``, uint8 [H, W, 3]. LeRobotError when it is missing or cannot be decoded."""
+    def image(self, camera: str, row: int, strict: bool = False) -> np.ndarray:
+        """The frame of ``camera`` at ``row``, uint8 [H, W, 3]. LeRobotError when it is missing or cannot be decoded.
+
+        ``strict`` also refuses encoded bytes that a decoder lets pass (``check_encoded``): to validate a set.
+        """
         i, frame = self.locate(row)
         column = self.cameras[camera]
         record = self._records[i]
@@ -106,7 +114,7 @@ class LeRobotSet:
 
                 span = record.videos[column]
                 return self._checked(read_frame(span.path, span.start + frame / self.fps, self.fps), column)
-            return self._checked(self._stored(record.path, column, self._first_rows[i] + frame), column)
+            return self._checked(self._stored(record.path, column, self._first_rows[i] + frame, strict), column)
         except Exception as error:  # decoders raise whatever they like on damaged bytes
             if isinstance(error, ImportError | MemoryError):
                 raise
@@ -114,13 +122,22 @@ class LeRobotSet:
             problem = f"{column} of episode {record.index}, frame {frame} cannot be decoded ({type(error).__name__}: {error})."
             raise LeRobotError(self.root, [f"{where.relative_to(self.root)}: {problem}"]) from error
 
+    def files(self) -> dict[Path, set[str]]:
+        """The parquet files of the episodes, each with the columns that are kept in videos beside it."""
+        return {record.path: set(record.videos) for record in self._records}
+
+    def videos(self, i: int) -> dict[str, VideoSpan]:
+        """Camera -> its part of a video file, of episode ``i`` (a position); cameras kept as images are left out."""
+        spans = self._records[i].videos
+        return {camera: spans[column] for camera, column in self.cameras.items() if column in spans}
+
     def _checked(self, image: np.ndarray, column: str) -> np.ndarray:
         shape = self._shapes[column]
         if shape not in (image.shape, (image.shape[2], *image.shape[:2])):  # info.json has either order
             raise ValueError(f"info.json says {list(shape)}, the image is {list(image.shape)}")
         return image
 
-    def _stored(self, path: Path, column: str, row: int) -> np.ndarray:
+    def _stored(self, path: Path, column: str, row: int, strict: bool) -> np.ndarray:
         key = (path, column)
         if key not in self._columns:
             leaf = _leaf(pq.read_schema(path).field(column))
@@ -129,7 +146,10 @@ class LeRobotSet:
         if reader is None:
             return _raw_pixels(path, column, row, self._shapes[column])
         data = reader.read(row)
-        return decode_image(self._beside(path, column, row) if data is None else data)
+        data = self._beside(path, column, row) if data is None else data
+        if strict:
+            check_encoded(data)
+        return decode_image(data)
 
     def _beside(self, path: Path, column: str, row: int) -> bytes:
         """Some v2.0 sets store only the name of an image file."""
@@ -202,21 +222,21 @@ def inspect_set(root: Path, columns: Iterable[Sequence[str]], cameras: Sequence[
         return None
     columns = [tuple(pair) for pair in columns]
     found: dict[str, str] = {}
-    for name in ("state", "actions", *cameras):
-        visual = name not in ("state", "actions")
+    for name in (*NUMBERS, *cameras):
+        visual = name not in NUMBERS
         available = [key for key, feature in meta.features.items() if (feature["dtype"] in ("image", "video", "uint8")) == visual]
         try:
             found[name] = find_column(name, available, columns)
         except ValueError as error:
             defects.add("meta/info.json", str(error))
-    found = {name: column for name, column in found.items() if name in ("state", "actions") or _is_visual(meta, column, defects)}
-    images = {name: column for name, column in found.items() if name not in ("state", "actions")}
+    found = {name: column for name, column in found.items() if name in NUMBERS or _is_visual(meta, column, defects)}
+    images = {name: column for name, column in found.items() if name not in NUMBERS}
     if len(found) == len(images) or not meta.episodes:
         return None
     tables = read_tables(meta, found.get("state"), found.get("actions"), list(images.values()), defects)
     pairs = [(record, _without_numbers(table) if defects else table) for record, table in zip(meta.episodes, tables) if table]
     good = tuple(dataclasses.replace(record, length=len(table.actions)) for record, table in pairs)
-    return LeRobotSet(dataclasses.replace(meta, episodes=good), [table for _, table in pairs], images) if pairs else None
+    return LeRobotSet(dataclasses.replace(meta, episodes=good), [table for _, table in pairs], found) if pairs else None
 
 
 def _without_numbers(table: EpisodeTable) -> EpisodeTable:

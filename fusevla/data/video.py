@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["read_frame"]
+__all__ = ["frame_times", "read_frame"]
 
 
 def read_frame(path: Path, timestamp: float, fps: float) -> np.ndarray:
@@ -30,6 +30,20 @@ def read_frame(path: Path, timestamp: float, fps: float) -> np.ndarray:
             got = "none" if best is None else f"{best.time:g} s"
             raise ValueError(f"a frame at {timestamp:g} s (within {0.5 / fps:g} s) expected, the nearest is {got}")
         return np.asarray(best.to_ndarray(format="rgb24"))
+
+
+def frame_times(path: Path) -> np.ndarray:
+    """When each frame of a video is shown, in seconds, ascending, float64 [frames]: by decoding the whole file.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        Exception: what PyAV raises for a damaged file.
+    """
+    av = _import_av()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.options = {"err_detect": "explode"}
+        return np.sort(np.asarray([frame.time for frame in container.decode(stream)], np.float64))
 
 
 def _import_av() -> Any:
