@@ -7,9 +7,12 @@ import numpy as np
 
 from fusevla.arrays import Float
 from fusevla.data.annotations import Kind, Thought
-from fusevla.tokens.protocol import TokenizedText
+from fusevla.tokens.protocol import STATE_BINS, TokenizedText, encode_sample
+from fusevla.tokens.tokenizer import Tokenizer
 
-__all__ = ["TextReport", "measure_text"]
+__all__ = ["TextReport", "full_length", "measure_text"]
+
+UNLIMITED = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +61,9 @@ def measure_text(
         truncated += text.truncated > 0
     clipped = int(np.count_nonzero(np.abs(states) > 1))
     return TextReport(len(distinct), longest, truncated, max_len, clipped, states.size)
+
+
+def full_length(tokenizer: Tokenizer, thought: Thought, state_dim: int) -> int:
+    """Tokens of a sample with a state of three digits in every dimension, before anything is cut to fit a limit."""
+    widest = np.full(state_dim, STATE_BINS - 1)
+    return len(encode_sample(tokenizer, thought.prefix, widest, thought.target, thought.kind, UNLIMITED).tokens)
