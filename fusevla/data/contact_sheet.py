@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -15,7 +14,12 @@ from fusevla.data.lerobot import LeRobotSet
 
 __all__ = ["draw_contact_sheet", "spread"]
 
-EPISODES, COLUMNS, LINE = 8, 6, 34
+EPISODES, COLUMNS = 8, 6
+"""At most so many rows, and thoughts of an episode."""
+CELL, GAP, TITLE, SPACING = 3.6, 0.12, 0.35, 0.125
+"""Inches: a column, between columns, an episode's title, a line of text."""
+LINE = 66
+"""Characters."""
 
 
 def spread(frames: LeRobotSet, positions: Sequence[int], limit: int) -> list[int]:
@@ -32,20 +36,42 @@ def spread(frames: LeRobotSet, positions: Sequence[int], limit: int) -> list[int
 def draw_contact_sheet(path: Path, frames: LeRobotSet, positions: Sequence[int], annotations: Annotations) -> None:
     """Writes a PNG: a row per episode (some of ``positions``), a column per thought that is due in it."""
     shown = spread(frames, positions, EPISODES)
-    rows = [_thoughts(annotations.episodes[frames.episodes[i].index], frames.episodes[i].length) for i in shown]
-    width = max(len(row) for row in rows)
-    figure = Figure(figsize=(2.9 * width + 0.2, 4.4 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), width, squeeze=False)
-    for i, thoughts, line in zip(shown, rows, grid, strict=True):
-        for axes in line:
-            axes.set_axis_off()
-        for (frame, segment), axes in zip(thoughts, line, strict=False):
-            _draw(axes, frames, i, frame, segment)
+    rows = [_cells(frames, i, annotations) for i in shown]
+    # in inches: a title, the pictures, the lines of the longest text
+    pictures = [max(CELL * strip.shape[0] / strip.shape[1] for strip, _ in row) for row in rows]
+    heights = [TITLE + tall + SPACING * max(text.count("\n") + 3 for _, text in row) for tall, row in zip(pictures, rows)]
+    figure = Figure(figsize=((CELL + GAP) * max(len(row) for row in rows) + GAP, sum(heights)))
+    width, height = figure.get_size_inches()
+    top = height
+    for i, row, tall, whole in zip(shown, rows, pictures, heights, strict=True):
         episode = frames.episodes[i]
-        line[0].set_title(f"episode {episode.index}: {_short(episode.task, 60)}", fontsize=9, loc="left", parse_math=False)
+        title = f"episode {episode.index}: {_short(episode.task, 100)}"
+        figure.text(GAP / width, (top - TITLE / 2) / height, title, fontsize=10, va="center", parse_math=False)
+        for column, (strip, text) in enumerate(row):
+            left = (GAP + column * (CELL + GAP)) / width
+            axes = figure.add_axes((left, (top - TITLE - tall) / height, CELL / width, tall / height))
+            axes.imshow(strip)
+            axes.set_axis_off()
+            figure.text(left, (top - TITLE - tall - 0.05) / height, text, fontsize=7, va="top", parse_math=False)
+        top -= whole
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # text in scripts that the font lacks shows as boxes
         FigureCanvasAgg(figure).print_figure(path, dpi=100)
+
+
+def _cells(frames: LeRobotSet, i: int, annotations: Annotations) -> list[tuple[np.ndarray, str]]:
+    """(pictures of all cameras side by side, text) of each thought of an episode."""
+    episode, first = frames.episodes[i], frames.episode_slice(i).start
+    cells = []
+    for frame, segment in _thoughts(annotations.episodes[episode.index], episode.length):
+        images = [frames.image(camera, first + frame) for camera in frames.cameras]
+        height = max(image.shape[0] for image in images)
+        strip = [np.pad(image, ((0, height - image.shape[0]), (0, 0), (0, 0))) for image in images]
+        lines = [f"frame {frame}"]
+        for line in _short(segment.updated_content or "", 600).strip("\n").split("\n"):
+            lines += textwrap.wrap(line, LINE) or [""]
+        cells.append((np.concatenate(strip, axis=1), "\n".join(lines)))
+    return cells
 
 
 def _thoughts(annotation: EpisodeAnnotation, length: int) -> list[tuple[int, Segment]]:
@@ -53,28 +79,6 @@ def _thoughts(annotation: EpisodeAnnotation, length: int) -> list[tuple[int, Seg
     due = [(min(segment.start_step, length - 1), segment) for segment in annotation.segments if segment.updated_content]
     chosen = np.unique(np.linspace(0, len(due) - 1, min(len(due), COLUMNS)).round().astype(int))
     return [due[k] for k in chosen]
-
-
-def _draw(axes: Axes, frames: LeRobotSet, i: int, frame: int, segment: Segment) -> None:
-    row = frames.episode_slice(i).start + frame
-    images = [frames.image(camera, row) for camera in frames.cameras]
-    height = max(image.shape[0] for image in images)
-    padded = [np.pad(image, ((0, height - image.shape[0]), (0, 0), (0, 0))) for image in images]
-    strip = np.concatenate(padded, axis=1)
-    axes.imshow(strip)
-    axes.set_anchor("N")
-    text = "\n".join(part for line in (segment.updated_content or "").split("\n") for part in textwrap.wrap(line, 2 * LINE))
-    axes.annotate(
-        f"frame {frame}\n{_short(text, 600)}",
-        xy=(0, 0),
-        xycoords="axes fraction",
-        xytext=(0, -4),
-        textcoords="offset points",
-        fontsize=6,
-        va="top",
-        parse_math=False,
-        annotation_clip=False,
-    )
 
 
 def _short(text: str, limit: int) -> str:
