@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fusevla.data.encoded import check_encoded
 from fusevla.data.lerobot_columns import find_column
 from fusevla.data.lerobot_meta import Defects, EpisodeRecord, LeRobotError, SetMeta, VideoSpan, read_meta
-from fusevla.data.lerobot_tables import EpisodeTable, read_tables
+from fusevla.data.lerobot_tables import EpisodeTable, check_steps, read_tables
 from fusevla.data.lerobot_write import EpisodeFrames, encode_image, write_lerobot_v21
 from fusevla.data.parquet_pages import ByteColumn, PageCache
 
@@ -101,7 +101,11 @@ class LeRobotSet:
         return i, row - int(self._starts[i])
 
     def image(self, camera: str, row: int, strict: bool = False) -> np.ndarray:
-        """The frame of ``camera`` at ``row``, uint8 [H, W, 3]. LeRobotError when it is missing or cannot be decoded.
+        """The frame of ``camera`` at ``row``, uint8 [H, W, 3]; otherwise as ``picture``."""
+        return np.asarray(self.picture(camera, row, strict))
+
+    def picture(self, camera: str, row: int, strict: bool = False) -> Image.Image:
+        """The frame as Pillow's RGB image, to be resized without a copy. LeRobotError when missing or not to be decoded.
 
         ``strict`` also refuses encoded bytes that a decoder lets pass (``check_encoded``): to validate a set.
         """
@@ -113,7 +117,8 @@ class LeRobotSet:
                 from fusevla.data.video import read_frame
 
                 span = record.videos[column]
-                return self._checked(read_frame(span.path, span.start + frame / self.fps, self.fps), column)
+                pixels = read_frame(span.path, span.start + frame / self.fps, self.fps)
+                return self._checked(Image.fromarray(pixels), column)
             return self._checked(self._stored(record.path, column, self._first_rows[i] + frame, strict), column)
         except Exception as error:  # decoders raise whatever they like on damaged bytes
             if isinstance(error, ImportError | MemoryError):
@@ -131,20 +136,20 @@ class LeRobotSet:
         spans = self._records[i].videos
         return {camera: spans[column] for camera, column in self.cameras.items() if column in spans}
 
-    def _checked(self, image: np.ndarray, column: str) -> np.ndarray:
-        shape = self._shapes[column]
-        if shape not in (image.shape, (image.shape[2], *image.shape[:2])):  # info.json has either order
-            raise ValueError(f"info.json says {list(shape)}, the image is {list(image.shape)}")
+    def _checked(self, image: Image.Image, column: str) -> Image.Image:
+        shape, height, width = self._shapes[column], image.height, image.width
+        if shape not in ((height, width, 3), (3, height, width)):  # info.json has either order
+            raise ValueError(f"info.json says {list(shape)}, the image is {[height, width, 3]}")
         return image
 
-    def _stored(self, path: Path, column: str, row: int, strict: bool) -> np.ndarray:
+    def _stored(self, path: Path, column: str, row: int, strict: bool) -> Image.Image:
         key = (path, column)
         if key not in self._columns:
             leaf = _leaf(pq.read_schema(path).field(column))
             self._columns[key] = ByteColumn(path, leaf, self._cache) if leaf else None
         reader = self._columns[key]
         if reader is None:
-            return _raw_pixels(path, column, row, self._shapes[column])
+            return Image.fromarray(_raw_pixels(path, column, row, self._shapes[column]))
         data = reader.read(row)
         data = self._beside(path, column, row) if data is None else data
         if strict:
@@ -160,10 +165,14 @@ class LeRobotSet:
         return file.read_bytes()
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """PNG or JPEG bytes -> uint8 [H, W, 3]. Raises what Pillow raises for damaged bytes."""
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-        return np.asarray(image.convert("RGB"))
+def decode_image(data: bytes) -> Image.Image:
+    """PNG or JPEG bytes -> RGB. Raises what Pillow raises for damaged bytes."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"neither PNG nor JPEG: {len(data)} bytes that begin with {data[:8]!r}") from None
 
 
 def _leaf(field: pa.Field) -> str | None:
@@ -205,21 +214,26 @@ def open_set(
             info.json that disagrees with what it describes. Pixels are checked when they are read.
     """
     defects = Defects(Path(root).expanduser())
-    data = inspect_set(defects.root, columns, cameras, defects)
+    data, _ = inspect_set(defects.root, columns, cameras, defects)
     defects.stop_if_any()
     if data is None:
         raise LeRobotError(root, ["nothing can be read."])
     return data
 
 
-def inspect_set(root: Path, columns: Iterable[Sequence[str]], cameras: Sequence[str], defects: Defects) -> LeRobotSet | None:
+def inspect_set(
+    root: Path, columns: Iterable[Sequence[str]], cameras: Sequence[str], defects: Defects
+) -> tuple[LeRobotSet | None, dict[int, int]]:
     """As ``open_set``, but what is wrong is noted in ``defects`` and the rest of the set is read all the same.
 
-    None where nothing is left. After a defect the result is there for its images: its numbers are left out.
+    Returns:
+        The set, and the length of every episode that it lists by number. After a defect the set is there for its images (its
+        numbers and the episodes that cannot be read are left out); None where nothing is left.
     """
     meta = read_meta(root, defects)
     if meta is None:
-        return None
+        return None, {}
+    lengths = {episode.index: episode.length for episode in meta.episodes}
     columns = [tuple(pair) for pair in columns]
     found: dict[str, str] = {}
     for name in (*NUMBERS, *cameras):
@@ -232,11 +246,13 @@ def inspect_set(root: Path, columns: Iterable[Sequence[str]], cameras: Sequence[
     found = {name: column for name, column in found.items() if name in NUMBERS or _is_visual(meta, column, defects)}
     images = {name: column for name, column in found.items() if name not in NUMBERS}
     if len(found) == len(images) or not meta.episodes:
-        return None
+        return None, lengths
     tables = read_tables(meta, found.get("state"), found.get("actions"), list(images.values()), defects)
+    check_steps(meta, tables, defects)
     pairs = [(record, _without_numbers(table) if defects else table) for record, table in zip(meta.episodes, tables) if table]
     good = tuple(dataclasses.replace(record, length=len(table.actions)) for record, table in pairs)
-    return LeRobotSet(dataclasses.replace(meta, episodes=good), [table for _, table in pairs], found) if pairs else None
+    lengths |= {record.index: record.length for record in good}
+    return LeRobotSet(dataclasses.replace(meta, episodes=good), [t for _, t in pairs], found) if pairs else None, lengths
 
 
 def _without_numbers(table: EpisodeTable) -> EpisodeTable:

@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 
 from fusevla.data.lerobot_meta import Defects, EpisodeRecord, SetMeta
 
-__all__ = ["EpisodeTable", "column_matrix", "read_tables"]
+__all__ = ["EpisodeTable", "check_steps", "column_matrix", "read_tables"]
 
 THREADS = 4
 COUNTERS = ("episode_index", "frame_index", "index", "timestamp", "task_index")
 """Bookkeeping columns; a file may lack any of them."""
+MAX_DRIFT = 0.05
+"""Share by which the time between frames may differ from 1 / fps."""
 Columns = tuple[str | None, str | None]
 """Of the state and of the actions."""
 
@@ -33,6 +35,8 @@ class EpisodeTable:
     state: np.ndarray
     actions: np.ndarray
     task: str
+    step: float
+    """Seconds between frames (median); NaN without timestamps."""
 
 
 def read_tables(
@@ -161,7 +165,8 @@ def _split(
             np.ascontiguousarray(values[name][part]) if name in values else np.zeros((len(found), 0), np.float32)
             for name in columns
         )
-        tables[episode.index] = EpisodeTable(path, part.start, state, actions, task)
+        step = _step(where, counters.get("timestamp", np.zeros(0))[part], defects)
+        tables[episode.index] = EpisodeTable(path, part.start, state, actions, task, step)
     return tables
 
 
@@ -182,19 +187,31 @@ def _check_counters(meta: SetMeta, where: str, counters: Mapping[str, np.ndarray
     index = counters.get("index")
     if index is not None and (np.diff(index) != 1).any():
         defects.add(where, f"index must count up by 1; it does not after row {int(np.flatnonzero(np.diff(index) != 1)[0])}.")
-    times = counters.get("timestamp")
-    if times is not None and len(times) > 1 and np.isfinite(meta.fps):
-        _check_times(where, np.diff(times.astype(np.float64)), meta.fps, defects)
 
 
-def _check_times(where: str, steps: np.ndarray, fps: float, defects: Defects) -> None:
-    step = float(np.median(steps))
-    irregular = np.flatnonzero(~(np.abs(steps * fps - 1) < 0.5))
-    if not abs(step * fps - 1) < 0.1:
-        defects.add(where, f"timestamps are {step:g} s apart; info.json says fps {fps:g} ({1 / fps:g} s).")
-    elif len(irregular):
+def _step(where: str, times: np.ndarray, defects: Defects) -> float:
+    """The median of the timestamps' differences, from which none may differ by half."""
+    if len(times) < 2:
+        return float("nan")
+    steps = np.diff(times.astype(np.float64))
+    median = float(np.median(steps))
+    irregular = np.flatnonzero(~(np.abs(steps - median) < 0.5 * abs(median)))
+    if len(irregular):
         row = int(irregular[0])
-        defects.add(where, f"timestamp of row {row + 1} expected {1 / fps:g} s after the one before, got {steps[row]:g} s.")
+        defects.add(where, f"timestamp of row {row + 1} expected {median:.4g} s after the one before, got {steps[row]:.4g} s.")
+    return median
+
+
+def check_steps(meta: SetMeta, tables: Sequence[EpisodeTable | None], defects: Defects) -> None:
+    """fps of info.json against the timestamps: one line for all episodes that say the same."""
+    odd: dict[str, list[int]] = {}
+    for episode, table in zip(meta.episodes, tables, strict=True):
+        if table is not None and np.isfinite(table.step) and np.isfinite(meta.fps) and abs(table.step * meta.fps - 1) > MAX_DRIFT:
+            odd.setdefault(f"{table.step:.4g}", []).append(episode.index)
+    for step, indices in odd.items():
+        some = ", ".join(map(str, indices[:5])) + (f", ... ({len(indices)} in all)" if len(indices) > 5 else "")
+        says = f"info.json says fps {meta.fps:g} ({1 / meta.fps:.4g} s)"
+        defects.add("meta/info.json", f"timestamps are {step} s apart; {says}: episodes {some}.")
 
 
 def _task(meta: SetMeta, where: str, episode: EpisodeRecord, indices: np.ndarray, defects: Defects) -> str:

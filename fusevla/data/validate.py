@@ -59,21 +59,20 @@ def validate(
         ImportError: a camera is kept as video, images are to be checked and PyAV is not installed.
     """
     noted = Defects(root)
-    frames = inspect_set(root, rules.columns, rules.cameras, noted)
+    frames, lengths = inspect_set(root, rules.columns, rules.cameras, noted)
     defects, warnings = [*noted], list[str]()
     if frames is not None:
         defects += claim_defects(frames)
         warnings += claim_warnings(frames)
     document, problems = _read_annotations(annotations)
-    defects += [f"{annotations}: {problem}" for problem in problems]
-    missing: tuple[int, ...] = ()
-    if frames is not None and document:
-        missing = tuple(episode.index for episode in frames.episodes if str(episode.index) not in document)
-        defects += [f"{annotations}: {defect}" for defect in _fit_defects(document, frames.episodes, rules)]
-        warnings += [f"{annotations}: {warning}" for warning in _fit_warnings(document, frames.episodes, missing)]
-        if len(missing) == len(frames.episodes):
-            defects.append(f"{annotations}: expected annotations of this set's episodes, got none of any")
+    steps, missing = document_steps(document), tuple[int, ...]()
+    if document and lengths:
+        missing = tuple(sorted(set(lengths) - set(steps)))
+        problems += _fit_defects(steps, lengths, missing, rules)
+    name = annotations.relative_to(root) if annotations.is_relative_to(root) else annotations
+    defects += [f"{name}: {problem}" for problem in problems]
     if frames is not None:
+        warnings += [f"{name}: {warning}" for warning in _other_tasks(document, frames.episodes)]
         defects += image_defects(frames, rules.images, watch(frames) if watch else lambda count: None)
     if defects or frames is None:
         return Findings(tuple(dict.fromkeys(defects)), tuple(warnings))
@@ -86,21 +85,21 @@ def _read_annotations(file: Path) -> tuple[dict[str, object], list[str]]:
     return inspect_document(file)
 
 
-def _fit_defects(document: Mapping[str, object], episodes: Sequence[Episode], rules: Rules) -> Iterator[str]:
+def _fit_defects(
+    steps: Mapping[int, Sequence[tuple[int, int]]], lengths: Mapping[int, int], missing: Sequence[int], rules: Rules
+) -> Iterator[str]:
     """Annotations against the episodes, both ways."""
-    steps = document_steps(document)
-    lengths = {episode.index: episode.length for episode in episodes}
-    used = {index: length for index, length in lengths.items() if index in steps or not rules.allow_missing_annotations}
-    yield from length_defects(steps, used)
+    left_out = missing if rules.allow_missing_annotations else ()
+    yield from length_defects(steps, {index: length for index, length in lengths.items() if index not in left_out})
+    if len(left_out) == len(lengths):
+        yield f"expected annotations of this set's {len(lengths)} episodes, got none of any"
     if not rules.allow_extra_annotations:
         for index in sorted(set(steps) - set(lengths)):
             yield f"episode {index}: expected an episode of the set ({len(lengths)} of them), got annotations without one"
 
 
-def _fit_warnings(document: Mapping[str, object], episodes: Sequence[Episode], missing: Sequence[int]) -> Iterator[str]:
-    """An instruction that is not the episode's task: the annotations may belong to another set, or be shifted."""
-    if missing:
-        yield f"{len(missing)} episodes have no annotation, the first is {missing[0]}"
+def _other_tasks(document: Mapping[str, object], episodes: Sequence[Episode]) -> Iterator[str]:
+    """Instructions that are not the episode's task: the annotations may belong to another set, or be shifted."""
     for episode in episodes:
         content = _first_content(document.get(str(episode.index)))
         if content is not None and _words(episode.task) not in _words(content):
