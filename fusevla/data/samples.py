@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 
 from fusevla.arrays import Bool, Float, Int, UInt8
 from fusevla.data.annotations import (
@@ -61,8 +62,8 @@ class FrameSet(Protocol):
         """(position of the episode, frame in it) of a row."""
         ...
 
-    def image(self, camera: str, row: int) -> UInt8[np.ndarray, "height width 3"] | None:
-        """One frame; None where the set has none for this row."""
+    def picture(self, camera: str, row: int) -> Image.Image | None:
+        """One frame in RGB; None where the set has none for this row."""
         ...
 
 
@@ -164,7 +165,7 @@ class SampleSource:
         row = int(self.rows[index])
         position, frame = self.frames.locate(row)
         thought = self.thought(index, epoch, seed)
-        images = _prepare_images({c: self.frames.image(c, row) for c in self.cameras}, self.model.vision.image_size)
+        images = _prepare_images({c: self.frames.picture(c, row) for c in self.cameras}, self.model.vision.image_size)
         chunk, is_pad = self._actions(position, frame, thought.stay)
         state = _normalized(self.frames.state[row], self.stats, "state")
         return Sample(
@@ -281,5 +282,7 @@ def _normalized(x: np.ndarray, stats: Stats | None, key: str) -> np.ndarray:
     return x if stats is None else normalize(x, stats[key])
 
 
-def _prepare_images(images: Mapping[str, np.ndarray | None], size: int) -> dict[str, UInt8[np.ndarray, "size size 3"] | None]:
+def _prepare_images(
+    images: Mapping[str, np.ndarray | Image.Image | None], size: int
+) -> dict[str, UInt8[np.ndarray, "size size 3"] | None]:
     return {camera: None if image is None else resize_with_pad(image, size, size) for camera, image in images.items()}

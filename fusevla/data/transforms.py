@@ -18,14 +18,21 @@ def padded_box(height: int, width: int, target_height: int, target_width: int) -
     return (target_height - inner_height) // 2, (target_width - inner_width) // 2, inner_height, inner_width
 
 
-def resize_with_pad(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Bilinear (antialiased) resize that keeps the aspect and pads with black. At most one grey level from the device's."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"An image must be uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}.")
-    if image.shape[:2] == (height, width):
-        return image
-    top, left, inner_height, inner_width = padded_box(image.shape[0], image.shape[1], height, width)
-    resized = np.asarray(Image.fromarray(image).resize((inner_width, inner_height), Image.Resampling.BILINEAR))
+def resize_with_pad(
+    image: UInt8[np.ndarray, "h w 3"] | Image.Image, height: int, width: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Bilinear (antialiased) resize that keeps the aspect and pads with black. At most one grey level from the device's.
+
+    Takes an array or an RGB image of Pillow's, which saves two copies.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"An image must be uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}.")
+        if image.shape[:2] == (height, width):
+            return image
+        image = Image.fromarray(image)
+    top, left, inner_height, inner_width = padded_box(image.height, image.width, height, width)
+    resized = np.asarray(image.resize((inner_width, inner_height), Image.Resampling.BILINEAR))
     if resized.shape[:2] == (height, width):
         return resized
     padded = np.zeros((height, width, 3), np.uint8)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fusevla.data.annotations import load_annotations
 from fusevla.data.batch import bucket_for, collate, prompt_sample, split_episodes
@@ -55,10 +56,10 @@ class FakeSet:
         i = int(np.searchsorted(self.starts, row, side="right")) - 1
         return i, row - int(self.starts[i])
 
-    def image(self, camera, row):
+    def picture(self, camera, row):
         if camera == "left_wrist_0_rgb" and row % 5 == 0:
             return None
-        return np.random.default_rng([row, len(camera)]).integers(1, 256, size=(20, 40, 3), dtype=np.uint8)
+        return Image.fromarray(np.random.default_rng([row, len(camera)]).integers(1, 256, size=(20, 40, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +334,7 @@ def test_the_prompt_of_a_robot_is_the_prompt_of_training(source):
     index = find(source, "act", episode=1)
     row = int(source.rows[index])
     trained = source(index, 0, 0)
-    frames = {camera: source.frames.image(camera, row) for camera in source.cameras}
+    frames = {camera: np.asarray(source.frames.picture(camera, row)) for camera in source.cameras}
     asked = prompt_sample(frames | {"other": None}, STATE[row], trained.thought.prefix, TOKENIZER, STATS, DATA, MODEL)
     assert asked.text.tokens.tolist() == trained.text.tokens[:-1].tolist()
     assert asked.text.tokens[-1] == TOKENIZER.ids.eop
