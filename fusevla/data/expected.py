@@ -1,7 +1,7 @@
 """How often each thought of a set is drawn per epoch: exactly, from the rules that draw it."""
 
 import itertools
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -28,9 +28,9 @@ def expected_thoughts(
     annotations: Annotations,
     keep_reason: float = TRAIN_KEEP_REASON,
     use_outdated_reasoning: bool = True,
-) -> Counter[Thought]:
+) -> dict[Thought, float]:
     """Expected number of samples of each thought in one epoch (``choose_thought`` with uniform draws at every frame)."""
-    expected: Counter[Thought] = Counter()
+    expected: dict[Thought, float] = defaultdict(float)
     for episode in episodes:
         annotation = annotations.episodes[episode.index]
         if episode.index in annotations.vision_language:
@@ -38,8 +38,8 @@ def expected_thoughts(
         else:
             shares = _drawn(annotation, episode.length, keep_reason, use_outdated_reasoning)
         for thought, count in shares:
-            expected[thought] += count  # type: ignore[assignment]
-    return Counter({thought: count for thought, count in expected.items() if count > 0})
+            expected[thought] += count
+    return {thought: count for thought, count in expected.items() if count > 0}
 
 
 def _random(annotation: EpisodeAnnotation, length: int) -> Iterator[tuple[Thought, float]]:

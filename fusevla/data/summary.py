@@ -1,6 +1,6 @@
 """The numbers of a prepared set: what is in it, what an epoch teaches, and what tokens and bins will lose."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +68,7 @@ def _segments(episodes: Sequence[Episode], annotations: Annotations) -> dict[str
     return counts
 
 
-def _samples(expected: Counter[Thought]) -> dict[str, Any]:
+def _samples(expected: Mapping[Thought, float]) -> dict[str, Any]:
     """Expected samples by kind, and the shares of those that reason, act and stay."""
     kinds: dict[str, float] = {"reason": 0.0, "reason_outdated": 0.0, "act": 0.0, "act_outdated": 0.0}
     for thought, count in expected.items():
@@ -80,7 +80,7 @@ def _samples(expected: Counter[Thought]) -> dict[str, Any]:
     return {"expected": {kind: round(count, 3) for kind, count in kinds.items()}, "share": _rounded(shares)}
 
 
-def _text(expected: Counter[Thought], tokenizer: Tokenizer, state_dim: int, limit: int) -> dict[str, Any]:
+def _text(expected: Mapping[Thought, float], tokenizer: Tokenizer, state_dim: int, limit: int) -> dict[str, Any]:
     """Lengths as expected over an epoch, each with the state at its widest (three digits in every dimension)."""
     lengths = {thought: full_length(tokenizer, thought, state_dim) for thought in expected}
     longest = max(lengths.values())
