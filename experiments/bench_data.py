@@ -5,9 +5,10 @@
 Ours is complete: decode every camera, choose the thought, tokenise, resize to 224, make batches with action chunks.
 The reference (pip install "fusevla[lerobot]") decodes the same images and makes batches, in three forms:
 
-    as read       a LeRobotDataset as it comes: no action chunk, no resizing, no text
-    resized       the same with the images resized as in ours (torchvision, antialiased, still uint8)
-    with chunks   as read, with the action chunk from delta_timestamps, as policies are trained from it
+    with chunks   action chunks from delta_timestamps on the actions alone, as its users train policies: this is ``ratio``;
+                  lerobot decodes the images of every frame of the chunk for it. No resizing, no text.
+    as read       kinder: no action chunk either, only what LeRobotDataset gives by itself (``ratio_as_read``)
+    resized       as read, the images resized as in ours by torchvision, antialiased, to uint8 (``ratio_resized``)
 
 Windows of the pipelines alternate and medians are given, since other work on the machine disturbs both. "Per core" divides by
 the processor time of this process and its workers. lerobot reads v3.0 only: a v2.1 folder is copied and converted with its own
@@ -33,10 +34,10 @@ import tyro
 if TYPE_CHECKING:
     from fusevla.data.samples import SampleSource
 
-FORMS = ("as read", "resized", "with chunks")
-KEYS = {"as read": "reference", "resized": "reference_resized", "with chunks": "reference_with_chunks"}
-CHUNK_BATCHES = 2
-"""Batches of a window ``with chunks``: it decodes every frame of every chunk."""
+KEYS = {"as read": "reference_as_read", "resized": "reference_resized", "with chunks": "reference"}
+"""Forms of the reference, and what their figures are called."""
+CHUNK_BATCHES, CHUNK_REPEATS = 2, 3
+"""Batches of a window ``with chunks``, and windows: it is slow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Args:
     data: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A LeRobot folder (v2.0, v2.1 or v3.0)."""
     workers: int = 0
-    """Worker processes, of both sides; with 0 ours uses two threads, the reference one."""
+    """Worker processes, of both sides; with 0 ours uses two threads and the reference one: compare the figures per core."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the figures to this file as well."""
     annotations: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -116,6 +117,7 @@ def reference(args: Args, root: Path, form: str, fps: float, size: int, horizon:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from torchvision.transforms import v2
 
+    torch.set_num_threads(1)  # as in its workers: for single images its threads only wait for each other
     deltas = {_action_column(root): [step / fps for step in range(horizon)]} if form == "with chunks" else None
     resize = v2.Compose([v2.Resize((size, size), antialias=True), v2.ToDtype(torch.uint8, scale=True)])
     transforms = resize if form == "resized" else None
@@ -200,6 +202,8 @@ def augmentation(args: Args, source: "SampleSource") -> dict[str, float]:
 
 def run(args: Args) -> dict[str, Any]:
     """Everything; returns the figures."""
+    import fusevla.train.job  # noqa: F401  (the time to import what every run imports is not the pipeline's)
+
     began = time.perf_counter()
     source = make_source(args)
     pipelines = {"ours": ours(args, source)}
@@ -236,7 +240,7 @@ def add_reference(args: Args, source: "SampleSource", pipelines: dict[str, Pipel
     try:
         frames: Any = source.frames
         root = as_v30(frames.root, frames.version, folder)
-        for form in FORMS:
+        for form in KEYS:
             size, horizon = source.model.vision.image_size, source.model.action_horizon
             pipelines[form] = reference(args, root, form, frames.fps, size, horizon)
     except Exception as error:  # lerobot's own troubles are no reason to lose our figures
@@ -249,8 +253,8 @@ def alternate(args: Args, pipelines: dict[str, Pipeline]) -> dict[str, list[Wind
     windows: dict[str, list[Window]] = {name: [] for name in pipelines}
     for repeat in range(args.repeats):
         for name, pipeline in pipelines.items():
-            if name == "with chunks" and repeat:
-                continue  # one is slow enough to see
+            if name == "with chunks" and repeat >= CHUNK_REPEATS:
+                continue
             batches = CHUNK_BATCHES if name == "with chunks" else args.batches
             windows[name].append(measure(pipeline, repeat, args.batch, batches, args.workers))
     return windows

@@ -5,11 +5,17 @@ gap, step s takes the samples ``s * batch_size ...`` of that stream. Hosts take 
 their parts are disjoint, together complete, and the training does not depend on how many there are.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
+import multiprocessing
+import os
+import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -43,10 +49,15 @@ def global_order(position: int, size: int, seed: int, shuffle: bool = True) -> t
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stream(Generic[S]):
-    """This host's samples from ``start_step`` on, as grain's random-access source: element k is its k-th sample."""
+class _Stream(Generic[S, B]):
+    """This host's batches from ``start_step`` on, as grain's random-access source: element k is its k-th batch.
+
+    Whole batches are the unit of work of a worker: one message for each instead of one for every sample, and an order that
+    does not depend on how many workers there are.
+    """
 
     source: Source[S]
+    collate: Callable[[Sequence[S]], B]
     local_batch: int
     batch_size: int
     shard_index: int
@@ -56,12 +67,16 @@ class _Stream(Generic[S]):
     steps: int
 
     def __len__(self) -> int:
-        return self.steps * self.local_batch
+        return self.steps
 
-    def __getitem__(self, index: int) -> S:
-        step, offset = divmod(index, self.local_batch)
-        position = (self.start_step + step) * self.batch_size + self.shard_index * self.local_batch + offset
-        return self.source(*global_order(position, len(self.source), self.seed, self.shuffle), self.seed)
+    def __getitem__(self, index: int) -> B:
+        first = (self.start_step + index) * self.batch_size + self.shard_index * self.local_batch
+        order = (global_order(first + i, len(self.source), self.seed, self.shuffle) for i in range(self.local_batch))
+        return self.collate([self.source(row, epoch, self.seed) for row, epoch in order])
+
+    def later(self) -> "_Stream[S, B]":
+        """All but the first batch."""
+        return dataclasses.replace(self, start_step=self.start_step + 1, steps=self.steps - 1)
 
 
 class Loader(Iterator[B]):
@@ -105,10 +120,11 @@ def make_loader(
 
     Args:
         source: see ``Source``; it is pickled when there are workers.
-        collate: a list of samples -> a batch; runs in this process.
+        collate: a list of samples -> a batch; pickled with the source (by cloudpickle: a lambda will do).
         batch_size: samples per step over all hosts; this host yields ``batch_size / shard_count`` of them.
         seed, start_step: decide the order; the loader of a resumed run is the same call with ``start_step=step``.
-        workers: processes that make samples; 0 makes them in threads of this process.
+        workers: processes that make batches (all but the first, which is made here while they start); 0 makes them in
+            threads of this process.
         shard_index, shard_count: this host and the number of hosts (``jax.process_index()``, ``jax.process_count()``).
         shuffle: False visits the rows in order.
         steps: end after so many batches; None goes on for ever.
@@ -119,8 +135,9 @@ def make_loader(
     _check(len(source), batch_size, start_step, workers, shard_index, shard_count)
     local = batch_size // shard_count
     endless = (1 << 62) // batch_size
-    stream = _Stream(source, local, batch_size, shard_index, seed, shuffle, start_step, endless if steps is None else steps)
-    return Loader(_grain_iterator(stream, local, collate, workers))
+    length = endless if steps is None else steps
+    stream = _Stream(source, collate, local, batch_size, shard_index, seed, shuffle, start_step, length)
+    return Loader(_from_workers(stream, workers) if workers else _grain_iterator(stream, 0))
 
 
 def _check(size: int, batch_size: int, start_step: int, workers: int, shard_index: int, shard_count: int) -> None:
@@ -134,21 +151,39 @@ def _check(size: int, batch_size: int, start_step: int, workers: int, shard_inde
         raise ValueError(f"start_step and workers must not be negative; got {start_step} and {workers}.")
 
 
-def _grain_iterator(stream: _Stream[S], local: int, collate: Callable[[Sequence[S]], B], workers: int) -> Iterator[B]:
+def _from_workers(stream: _Stream[S, B], workers: int) -> Iterator[B]:
+    """Processes take seconds to start: the first batch is made here, while they do."""
+    if not len(stream):
+        return
+    with contextlib.closing(_grain_iterator(stream.later(), workers)) as later:
+        if len(stream) > 1:
+            later.start_prefetch()
+        yield stream[0]
+        if len(stream) > 1:
+            yield from later
+
+
+def _grain_iterator(stream: _Stream[S, B], workers: int) -> Any:
     import grain  # takes seconds: only when a loader is made
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its debug flags, and so insists, outside absl scripts too
-    threads = 1 if workers else 2
-    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * local) if not workers else 2)
+    read_options = grain.ReadOptions(num_threads=0 if workers else 2, prefetch_buffer_size=0 if workers else 2)
     dataset: Any = grain.MapDataset.source(stream).to_iter_dataset(read_options)
     if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-2 * local // workers))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
-    # batches are made after the workers: their order then does not depend on how many there are
-    dataset = dataset.batch(local, drop_remainder=False, batch_fn=collate)
-    return cast(Iterator[B], iter(dataset))
+        if not _has_shared_memory():
+            pickled = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, pickled)
+    return iter(dataset)
+
+
+def _has_shared_memory() -> bool:
+    """Containers have 64 MB of it unless told otherwise, and writing past its end kills the process."""
+    folder = Path("/dev/shm")
+    return not folder.is_dir() or shutil.disk_usage(folder).free > 1 << 30
 
 
 def _init_worker(index: int, count: int) -> None:
@@ -156,3 +191,12 @@ def _init_worker(index: int, count: int) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent tells nobody, and a worker would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

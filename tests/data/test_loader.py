@@ -1,8 +1,10 @@
 import dataclasses
 import itertools
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,14 +69,16 @@ def test_seed_decides_the_order() -> None:
     assert rows(first) != rows(third)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers_change_nothing(workers: int) -> None:
+    """All but the first batch come from them: that one is made while they start."""
     expected = take(make_loader(Numbers(11), stack, batch_size=3, seed=5, start_step=2), 9)
     batches = take(make_loader(Numbers(11), stack, batch_size=3, seed=5, start_step=2, workers=workers), 9)
     assert_same(expected, batches)
-    makers = {int(process) for batch in batches for process in batch["process"]}
-    assert len(makers) == workers
-    assert os.getpid() not in makers
+    first, *others = [{int(process) for process in batch["process"]} for batch in batches]
+    assert first == {os.getpid()}
+    assert len(set.union(*others)) == workers
+    assert os.getpid() not in set.union(*others)
 
 
 @settings(max_examples=15, deadline=None)
@@ -84,6 +88,73 @@ def test_resume_from_the_step_alone(size: int, batch: int, start: int, seed: int
         return take(make_loader(Numbers(size), stack, batch_size=batch, seed=seed, start_step=first), count)
 
     assert_same(made(0, start + 3)[start:], made(start, 3))
+
+
+def test_a_loader_stopped_and_resumed_at_random_steps_gives_the_uninterrupted_batches() -> None:
+    """Each part is another loader, with its own prefetched batches that are thrown away."""
+    rng = np.random.default_rng(3)
+    expected = take(make_loader(Numbers(23), stack, batch_size=4, seed=9), 30)
+    got: list[dict[str, np.ndarray]] = []
+    while len(got) < len(expected):
+        count = min(int(rng.integers(0, 7)), len(expected) - len(got))
+        got += take(make_loader(Numbers(23), stack, batch_size=4, seed=9, start_step=len(got)), count)
+    assert_same(expected, got)
+
+
+KILLED = """
+import sys
+from tests.data.test_loader import Numbers, make_loader, stack
+start, workers = map(int, sys.argv[1:])
+with make_loader(Numbers(23), stack, batch_size=4, seed=9, start_step=start, workers=workers) as loader:
+    for batch in loader:
+        print(batch["row"][:, :2].tolist(), *set(batch["process"].tolist()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_from_the_number_of_steps_it_finished() -> None:
+    """SIGKILL at random moments, with and without workers, which must not stay behind."""
+    rng = np.random.default_rng(4)
+    lines: list[str] = []
+    makers: set[int] = set()
+    for workers in (0, 1, 2, 0):
+        command = [sys.executable, "-c", KILLED, str(len(lines)), str(workers)]
+        with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(int(rng.integers(4, 12))):
+                line, maker = process.stdout.readline().rsplit(maxsplit=1)
+                lines.append(line)
+                makers.add(int(maker))
+            process.kill()
+    assert len(makers) > 4
+    wait_for_end(makers)
+    expected = take(make_loader(Numbers(23), stack, batch_size=4, seed=9), len(lines))
+    assert [json.loads(line) for line in lines] == [batch["row"][:, :2].tolist() for batch in expected]
+
+
+def wait_for_end(processes: set[int]) -> None:
+    deadline = time.monotonic() + 20
+    while alive := {process for process in processes if Path(f"/proc/{process}").exists()}:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_an_epoch_over_all_hosts_is_disjoint_and_complete(hosts: int) -> None:
+    size = 12 * hosts
+    parts = [
+        rows(take(make_loader(Numbers(size), stack, batch_size=hosts * 4, seed=3, shard_index=i, shard_count=hosts), 3))
+        for i in range(hosts)
+    ]
+    assert sorted(row for part in parts for row, _ in part) == list(range(size))
+
+
+@pytest.mark.parametrize(("steps", "workers"), [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)])
+def test_short_loaders_end(steps: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one without shared memory, as in a container that has too little of it."""
+    monkeypatch.setattr("fusevla.data.loader._has_shared_memory", lambda: False)
+    with make_loader(Numbers(6), stack, batch_size=2, seed=0, steps=steps, workers=workers) as loader:
+        assert len(list(loader)) == steps
 
 
 @settings(max_examples=15, deadline=None)
