@@ -37,7 +37,7 @@ class Source(Protocol[S_co]):
         ...
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(size)
 
