@@ -79,6 +79,7 @@ def main() -> None:
 
 def run(args: Args) -> None:
     """Fetch, look, and write; exits with 2 and the list when there are defects."""
+    from fusevla.data.lerobot import LeRobotError
     from fusevla.data.prepare import PrepareError, complete_report, input_digest, occupied, source_files
 
     began = time.perf_counter()
@@ -101,7 +102,10 @@ def run(args: Args) -> None:
             bar.stop()
             refuse(root, findings)
         mark = {"digest": digest, "data": str(root), "annotations": str(annotations), **settings}
-        report = write(args, findings, root, files, annotations, out, mark, bar)
+        try:
+            report = write(args, findings, root, files, annotations, out, mark, bar)
+        except LeRobotError as error:  # an image that was not looked at
+            raise PrepareError(f"{error}\nFound while drawing the report; --check-images all lists every such image.") from None
     print(f"{out} is ready, in {time.perf_counter() - began:.1f} s.")
     return show(report)
 

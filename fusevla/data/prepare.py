@@ -114,7 +114,13 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def _alive(pid: str) -> bool:
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def copy_set(root: Path, files: Collection[Path], out: Path, way: Way, advance: Callable[[int], None]) -> None:

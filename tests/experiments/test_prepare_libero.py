@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from experiments import prepare_libero
@@ -89,6 +91,25 @@ def test_defects_are_listed_and_nothing_is_written(v21: Path, tmp_path: Path, ca
     assert "total_frames says 3" in listed
     assert "episode_000001.parquet: is missing" in listed
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_broken_image_that_was_not_looked_at_is_no_traceback(v21: Path, tmp_path: Path) -> None:
+    images = pq.read_table(sets.episode_file(v21, 0))["image"].to_pylist()
+    images[0]["bytes"] = b"nothing"
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    sets.edit_table(sets.episode_file(v21, 0), image=pa.array(images, kind))
+    with pytest.raises(PrepareError, match="frame 0 cannot be decoded"):
+        prepare(v21, tmp_path / "out", check_images="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_killed_run_left_is_cleared_away(v21: Path, tmp_path: Path) -> None:
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone, alive = (tmp_path / f".out.partial-{pid}" for pid in (process.stdout.strip(), os.getppid()))
+    gone.mkdir()
+    alive.mkdir()
+    prepare(v21, tmp_path / "out", check_images="none")
+    assert (gone.exists(), alive.exists()) == (False, True)
 
 
 def test_episodes_without_annotations_are_left_out(root: Path, tmp_path: Path) -> None:
