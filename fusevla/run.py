@@ -288,12 +288,13 @@ def abstract_state(preset: Preset) -> TrainState:
     return cast(TrainState, jax.eval_shape(make, abstract_trainable(preset)))
 
 
-def load_policy(checkpoints: Path, step: int | None = None) -> tuple[Pi0Fuse, RunInfo]:
+def load_policy(checkpoints: str | Path, step: int | None = None) -> tuple[Pi0Fuse, RunInfo]:
     """The trained model (the average where one was kept), its preset, tokenizer and statistics, from the folder alone.
 
     Raises ``CheckpointError``.
     """
-    info, mesh = read_info(checkpoints, step), make_mesh(jax.devices()[:1])
+    checkpoints, mesh = Path(checkpoints), make_mesh(jax.devices()[:1])
+    info = read_info(checkpoints, step)
     state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
     model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))
     return jax.tree.map(jnp.asarray, model), info

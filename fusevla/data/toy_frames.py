@@ -1,4 +1,8 @@
-"""Frames of the toy's base episodes as training samples, drawn as they are needed: what the toy base learns from."""
+"""Frames of the toy's base episodes as training samples, drawn as they are needed: what the toy base learns from.
+
+Most samples act. Some read instead: they repeat the instruction as text. That keeps the language expert a language model, one
+that can say a word it has read, as the published base can; nothing in it is a plan.
+"""
 
 from typing import Final
 
@@ -18,8 +22,10 @@ from fusevla.tokens.tokenizer import Tokenizer
 
 Places = tuple[Float[np.ndarray, "b l 4"], Bool[np.ndarray, "b l"]]
 """Per text token: where the thing is that it names, and whether it names one."""
-TEXT_LENGTH: Final = 24
-"""Every act-only prompt of the toy fits."""
+TEXT_LENGTH: Final = 36
+"""Every act-only prompt of the toy fits, and its instruction once more."""
+READING: Final = 0.25
+"""Share of the samples that repeat their instruction as text and do not act."""
 
 
 class Frames:
@@ -41,8 +47,8 @@ class Frames:
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Batch, Places]:
         """``size`` random frames, and where the things are that their prompts name."""
         rows = [self.rows[i] for i in rng.integers(len(self.rows), size=size)]
-        batch = collate([self._sample(*row) for row in rows], [TEXT_LENGTH])
-        return batch, self._places(rows, np.asarray(batch.observation.tokens))
+        batch = collate([self._sample(*row, reads=rng.random() < READING) for row in rows], [TEXT_LENGTH])
+        return batch, self._places(rows, np.where(batch.observation.token_ar_mask, 0, batch.observation.tokens))
 
     def _places(self, rows: list[tuple[int, int]], tokens: Int[np.ndarray, "b l"]) -> Places:
         """For every token that names a thing: its offset from the gripper and its place on the table, about -1 to 1."""
@@ -55,15 +61,16 @@ class Frames:
                 where[row, tokens[row] == token] = [*(centre - world.gripper) / 2, *(2 * centre / TABLE - 1)]
         return where, named
 
-    def _sample(self, index: int, frame: int) -> Sample:
+    def _sample(self, index: int, frame: int, reads: bool) -> Sample:
         episode, stats = self.episodes[index], norm_stats()
-        thought = Thought(act_only_prefix(episode.task), None, "act")
+        prefix, target = act_only_prefix(episode.task), episode.task if reads else None
+        thought = Thought(prefix, target, "reason" if reads else "act", actions=not reads)
         felt = normalize(state(episode.worlds[frame]), stats["state"])
         actions, is_pad = action_chunk(normalize(episode.actions, stats["actions"]), frame, TOY_MODEL.action_horizon)
         return Sample(
             images=dict(draw(episode.worlds[frame])),
             state=felt.astype(np.float32),
-            text=encode_sample(self.tokenizer, thought.prefix, digitize_state(felt)[0], None, "act", TEXT_LENGTH),
+            text=encode_sample(self.tokenizer, prefix, digitize_state(felt)[0], target, thought.kind, TEXT_LENGTH),
             actions=actions.astype(np.float32),
             action_is_pad=is_pad,
             thought=thought,

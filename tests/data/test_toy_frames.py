@@ -45,4 +45,12 @@ def test_batches_depend_on_the_generator_alone(frames: Frames) -> None:
     (first, _), (again, _) = (frames.batch(np.random.default_rng(5), 4) for _ in range(2))
     np.testing.assert_array_equal(first.observation.tokens, again.observation.tokens)
     assert first.observation.tokens.shape == (4, TEXT_LENGTH)
-    assert first.diffusion_loss_mask.all(), "act-only data: every sample trains actions"
+
+
+def test_a_sample_acts_or_repeats_its_instruction(frames: Frames) -> None:
+    batch, _ = frames.batch(np.random.default_rng(1), 64)
+    tasks = {episode.task for episode in frames.episodes}
+    for row, acts in enumerate(batch.diffusion_loss_mask):
+        said = TOKENIZER.decode(np.asarray(batch.observation.tokens[row])[batch.token_loss_mask[row]])
+        assert said == "" if acts else said in tasks
+    assert 0.05 < 1 - batch.diffusion_loss_mask.mean() < 0.5
