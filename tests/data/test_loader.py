@@ -7,13 +7,21 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusevla.data.annotations import load_annotations
+from fusevla.data.batch import SampleSource, collate
+from fusevla.data.lerobot import open_set
 from fusevla.data.loader import Loader, global_order, make_loader
+from fusevla.data.normalize import compute_norm_stats
+from fusevla.presets import LIBERO10
+from fusevla.train.job import make_tokenizer, with_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,3 +248,22 @@ with make_loader(Numbers(4), stack, batch_size=2, seed=0) as loader:
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_of_real_batches(libero_sample: Path) -> None:
+    """Decoded images, thoughts, tokens and actions, in batches that are made and shared by processes."""
+    annotations, frames = load_annotations(libero_sample / "cot_simple.json"), open_set(libero_sample)
+    tokenizer = make_tokenizer("train", annotations, frames, LIBERO10.model)
+    model = with_vocabulary(LIBERO10, tokenizer.vocab_size).model
+    source = SampleSource(frames, annotations, tokenizer, compute_norm_stats(frames), LIBERO10.data, model)
+
+    def leaves(workers: int) -> list[np.ndarray]:
+        options: dict[str, Any] = {"batch_size": 8, "seed": 2, "start_step": 195, "workers": workers}
+        with make_loader(source, lambda samples: collate(samples, LIBERO10.data.text_buckets), **options) as loader:
+            return [np.array(leaf) for batch in itertools.islice(loader, 12) for leaf in jax.tree.leaves(batch)]
+
+    expected = leaves(0)
+    for workers in (1, 2, 4):
+        for left, right in zip(expected, leaves(workers), strict=True):
+            np.testing.assert_array_equal(left, right)
