@@ -47,7 +47,7 @@ class Frames:
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Batch, Places]:
         """``size`` random frames, and where the things are that their prompts name."""
         rows = [self.rows[i] for i in rng.integers(len(self.rows), size=size)]
-        batch = collate([self._sample(*row, reads=rng.random() < READING) for row in rows], [TEXT_LENGTH])
+        batch = collate([self._sample(i, t, rng.random() < READING) for i, t in rows], [TEXT_LENGTH])
         return batch, self._places(rows, np.where(batch.observation.token_ar_mask, 0, batch.observation.tokens))
 
     def _places(self, rows: list[tuple[int, int]], tokens: Int[np.ndarray, "b l"]) -> Places:
