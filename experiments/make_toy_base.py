@@ -84,7 +84,7 @@ def make_step(loss_of: Any, schedule: Any) -> tuple[Any, Any]:
 
 
 def make_error_ratio(batch: "Batch", reference: "Batch") -> Any:
-    """Jitted: squared error of sampled actions over that of the training mean (per step of the chunk), on real steps."""
+    """Jitted: squared error of sampled actions over that of the training mean (per step of the chunk), of acting samples."""
     import jax
     import jax.numpy as jnp
 
@@ -92,7 +92,8 @@ def make_error_ratio(batch: "Batch", reference: "Batch") -> Any:
 
     real = jnp.logical_not(reference.action_is_pad)[..., None].astype(jnp.float32)
     mean = jnp.sum(reference.actions * real, axis=0) / jnp.sum(real, axis=0)
-    weight = jnp.logical_not(batch.action_is_pad)[..., None].astype(jnp.float32)
+    counted = jnp.logical_not(batch.action_is_pad) & batch.diffusion_loss_mask[:, None]
+    weight = counted[..., None].astype(jnp.float32)
 
     def error(predicted):
         return jnp.sum(jnp.square(predicted - batch.actions) * weight, axis=(0, 1))
