@@ -20,6 +20,7 @@ import dataclasses
 import json
 import pathlib
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -258,7 +259,9 @@ def main(args: Args) -> None:
     tokenizer = toy_tokenizer()
     tokenizer.save(args.out / "tokenizer.model")
     save_norm_stats(args.out / "norm_stats.json", norm_stats())
-    save_params(args.out / "params", train(args, tokenizer))
+    model = train(args, tokenizer)
+    shutil.rmtree(args.out / "params", ignore_errors=True)  # of an earlier, shorter training
+    save_params(args.out / "params", model)
 
 
 if __name__ == "__main__":
