@@ -21,6 +21,7 @@ from fusevla.data.loader import Loader, Source, make_loader
 from fusevla.evaluate.machine import peak_memory, versions
 from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
 from fusevla.evaluate.report import plot_batch, plot_losses
+from fusevla.files import write_whole
 from fusevla.model.fetch import CheckpointError
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import Preset
@@ -220,9 +221,7 @@ class Run:
 
     def _report(self, summary: dict[str, Any]) -> None:
         plot_losses(read_rows(self.out / "metrics.jsonl"), read_rows(self.out / "validation.jsonl"), self.out / "losses.png")
-        beside = self.out / "summary.tmp"
-        beside.write_text(json.dumps(summary, indent=2) + "\n")
-        beside.replace(self.out / "summary.json")
+        write_whole(self.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         held_out = summary["held_out"]
         lines = [
             f"finished step {summary['steps']} in {summary['wall_seconds']:.0f} s, {summary['samples_per_second']:.3g} samples/s"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fusevla.arrays import Batch
+from fusevla.files import write_whole
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import TrainConfig
 from fusevla.train.checkpoint import Checkpoints
@@ -53,9 +54,7 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int):
         rows = [row for row in read_rows(path) if row["step"] <= step]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        beside.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
