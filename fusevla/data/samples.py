@@ -134,6 +134,13 @@ class SampleSource:
         """Samples of one epoch: the frames of the chosen episodes."""
         return len(self.rows)
 
+    @property
+    def acting_rows(self) -> Int[np.ndarray, " m"]:
+        """The rows whose actions can be trained: those of all but the vision-language episodes. Perhaps none."""
+        thinking = self.annotations.vision_language if self.annotations else frozenset()
+        spans = [self._span(i) for i in self.episodes if self.frames.episodes[i].index not in thinking]
+        return np.concatenate([np.arange(0), *(np.arange(span.start, span.stop) for span in spans)])
+
     def thought(self, index: int, epoch: int, seed: int) -> Thought:
         """What sample ``index`` says in this epoch."""
         row = int(self.rows[index])

@@ -1,15 +1,17 @@
 """The toy tasks: a scripted expert in the tabletop world, and its demonstrations as a LeRobot v2.1 set.
 
 Two sets exist. The *plans* set is what the ``toy`` preset fine-tunes on: the instruction names two of three blocks and at
-most a relation, the plan (``cot_simple.json``) puts them in order, and only its last line says which block is next. The
-*base* set is what the toy base checkpoint has seen: one sub-goal per episode, named by the instruction, no plan anywhere.
+most a relation, the plan (``cot_simple.json``) puts them in order, and only its last line says which block is next. Beside
+the demonstrations it has short vision-language episodes, which are only thought about: a plan has one token that says which
+block comes first, and a demonstration has few frames in which it is written. The *base* set is what the toy base
+checkpoint has seen: one sub-goal per episode, named by the instruction, no plan anywhere.
 """
 
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,13 +23,11 @@ from fusevla.data.lerobot import EpisodeFrames, write_lerobot_v21
 from fusevla.data.normalize import NormStats, save_norm_stats
 from fusevla.data.toy_world import MAX_STEP, REACH, TABLE, World, draw, over_tray, random_world, state, step
 
-Kind = Literal["plans", "base"]
+Kind = Literal["plans", "looks", "base"]
 
 RELATIONS: Final[dict[str, tuple[str, Float[np.ndarray, "2"]]]] = {
     "left": (" from left to right", np.array([1.0, 0.0])),
-    "right": (" from right to left", np.array([-1.0, 0.0])),
     "top": (" from top to bottom", np.array([0.0, 1.0])),
-    "bottom": (" from bottom to top", np.array([0.0, -1.0])),
     "open": ("", np.array([1.0, 0.0])),
 }
 """What the instruction adds, and the direction along which blocks are taken. Where it leaves the order open, the
@@ -40,6 +40,8 @@ COLUMNS: Final = {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}
 """Camera name -> column of the set."""
 ACTUATOR_NOISE: Final = 0.04
 """Standard deviation of what the gripper does beside what it is told while demonstrations are collected, in cells."""
+LOOK_FRAMES: Final = 4
+"""Frames of a vision-language episode."""
 _CLOSE_AT = 0.2
 _MAX_FRAMES = 120
 
@@ -137,6 +139,17 @@ def _advance(rng: np.random.Generator, worlds: list[World], actions: list[np.nda
         )
 
 
+def look_episode(rng: np.random.Generator) -> Episode:
+    """A table to think about: the gripper wanders over it with open fingers and touches nothing; the plan is all there is."""
+    task, world, plan = plan_world(rng)
+    worlds, actions = [dataclasses.replace(world, opening=float(rng.choice([0.0, 1.0])))], list[np.ndarray]()
+    while len(actions) < LOOK_FRAMES:
+        direction = rng.uniform(0.0, 2 * np.pi)
+        actions.append(np.array([MAX_STEP * np.cos(direction), MAX_STEP * np.sin(direction), -1.0]))
+        worlds.append(step(worlds[-1], actions[-1]))
+    return Episode(task, tuple(worlds[:-1]), np.array(actions, np.float32), plan)
+
+
 def base_episode(rng: np.random.Generator) -> Episode:
     """A demonstration of one named sub-goal from anywhere: any opening, any block held, others in the tray already."""
     world, target = base_world(rng)
@@ -200,6 +213,13 @@ def annotation(episode: Episode) -> dict[str, Any]:
     return {"episode_start_interval": [0, episode.opened_at[0]], "segments": segments}
 
 
+def question(episode: Episode) -> dict[str, Any]:
+    """A vision-language episode's record in ``cot_simple.json``: nothing is done, and the first thought is due all the time."""
+    thought = plan_thought([subgoal(episode.worlds[0].colors[block]) for block in episode.plan], 0)
+    segment = _segment(0, -1, initial_content(episode.task)) | {"updated_content": thought}
+    return {"episode_start_interval": [0, len(episode)], "segments": [segment]}
+
+
 def _full(content: str) -> dict[str, str]:
     return {"updated_content_w_instruction": content}
 
@@ -217,7 +237,7 @@ def _segment(start: int, end: int, content: str) -> dict[str, Any]:
 
 def episodes(kind: Kind, count: int, seed: int) -> Iterator[Episode]:
     """``count`` episodes; each has a random stream of its own, so episode i is the same whatever the count."""
-    make = {"plans": plan_episode, "base": base_episode}[kind]
+    make = {"plans": plan_episode, "looks": look_episode, "base": base_episode}[kind]
     return (make(np.random.default_rng((seed, index))) for index in range(count))
 
 
@@ -229,27 +249,31 @@ def norm_stats() -> dict[str, NormStats]:
     return {key: NormStats((low + high) / 2, (high - low) / 2, low, high) for key, (low, high) in ranges.items()}
 
 
-def write_toy_set(root: str | os.PathLike[str], kind: Kind = "plans", count: int = 700, seed: int = 0) -> Path:
-    """Writes a toy set as a LeRobot v2.1 folder with norm_stats.json, and with cot_simple.json for plans; returns the folder.
+def write_toy_set(
+    root: str | os.PathLike[str], kind: Literal["plans", "base"] = "plans", count: int = 700, looks: int = 3_000, seed: int = 0
+) -> Path:
+    """Writes a toy set as a LeRobot v2.1 folder with norm_stats.json; returns the folder.
 
-    The folder appears when it is complete. Raises ``FileExistsError`` where ``root`` exists already and is not empty.
+    With plans it has cot_simple.json, and ``looks`` vision-language episodes after the others. The folder appears when it
+    is complete. Raises ``FileExistsError`` where ``root`` exists already and is not empty.
     """
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} exists already; a set is only ever written to a new folder. Delete it or choose another.")
-    records: dict[str, Any] = {}
-
-    def stored(stream: Iterable[Episode]) -> Iterator[EpisodeFrames]:
-        for index, episode in enumerate(stream):
-            if kind == "plans":
-                records[str(index)] = annotation(episode)
-            yield frames(episode)
-
+    stream = list(episodes(kind, count, seed))
+    if kind == "plans":
+        stream += episodes("looks", looks, seed + 1)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
-        made = write_lerobot_v21(Path(scratch) / "set", stored(episodes(kind, count, seed)), fps=FPS, robot_type="toy")
+        made = write_lerobot_v21(Path(scratch) / "set", map(frames, stream), fps=FPS, robot_type="toy")
         save_norm_stats(made, norm_stats())
-        if records:
-            (made / "cot_simple.json").write_text(json.dumps(records), encoding="utf-8")
+        if kind == "plans":
+            (made / "cot_simple.json").write_text(json.dumps(annotations(stream)), encoding="utf-8")
         made.replace(root)
     return root
+
+
+def annotations(stream: Sequence[Episode]) -> dict[str, Any]:
+    """``cot_simple.json`` of episodes with plans; those in which nothing is done are its vision-language episodes."""
+    records = {str(i): annotation(episode) if episode.placed_at else question(episode) for i, episode in enumerate(stream)}
+    return records | {"vision_language_episode_idx": [i for i, episode in enumerate(stream) if not episode.placed_at]}

@@ -74,9 +74,10 @@ def pick_held_out(source: SampleSource, limit: int) -> HeldOut:
 
 
 def training_mean(source: SampleSource) -> Float[np.ndarray, " a"]:
-    """Mean of the normalised actions over the source's frames, in their real dimensions."""
-    actions = np.asarray(source.frames.actions[source.rows], np.float32)
-    return (actions if source.stats is None else normalize(actions, source.stats["actions"])).mean(axis=0)
+    """Mean of the normalised actions over the source's frames that train them, in their real dimensions; zero without any."""
+    actions = np.asarray(source.frames.actions[source.acting_rows], np.float32)
+    normalized = actions if source.stats is None else normalize(actions, source.stats["actions"])
+    return normalized.sum(axis=0) / max(len(actions), 1)
 
 
 class _Sums(eqx.Module):

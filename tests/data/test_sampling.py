@@ -21,6 +21,7 @@ from fusevla.data.annotations import (
     load_annotations,
 )
 from fusevla.data.samples import SampleSource
+from fusevla.evaluate.metrics import training_mean
 from tests.data.test_batch import ACTIONS, DATA, MODEL, RECORDS, STATS, TOKENIZER, FakeSet
 from tests.references_text import episode_record
 
@@ -146,6 +147,16 @@ def test_vision_language_samples_never_train_actions_and_draw_from_the_whole_epi
     assert {(thought.kind, thought.actions, thought.stay) for thought in thoughts} == {("reason", False, False)}
     assert len({thought.target for thought in thoughts}) == 3
     assert not source(first + 61, 0, 0).text.diffusion
+
+
+def test_rows_that_act_leave_vision_language_episodes_out_and_so_does_the_mean(source):
+    thinking = source.frames.episode_slice(3)
+    kept = np.setdiff1d(source.rows, np.arange(thinking.start, thinking.stop))
+    np.testing.assert_array_equal(source.acting_rows, kept)
+    assert 0 < len(kept) < len(source)
+    np.testing.assert_allclose(training_mean(source), ACTIONS[kept].mean(axis=0), rtol=1e-5, atol=1e-6)
+    only_thinks = SampleSource(source.frames, source.annotations, TOKENIZER, None, DATA, MODEL, episodes=[3])
+    np.testing.assert_array_equal(training_mean(only_thinks), np.zeros(ACTIONS.shape[1]))
 
 
 def test_options_change_what_is_drawn_and_nothing_else(source):

@@ -1,25 +1,26 @@
 """The expert, its demonstrations, and the sets made of them."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusevla.data.annotations import act_only_prefix, check_annotations, choose_thought, load_annotations
+from fusevla.data.annotations import act_only_prefix, check_annotations, choose_thought, initial_content, load_annotations
 from fusevla.data.lerobot import open_set
 from fusevla.data.normalize import load_norm_stats, normalize
 from fusevla.data.toy import (
+    LOOK_FRAMES,
     RELATIONS,
     annotation,
     base_episode,
     episodes,
     expert,
     frames,
+    look_episode,
     norm_stats,
     plan_episode,
     plan_world,
+    question,
     subgoal,
     succeeded,
     write_toy_set,
@@ -92,6 +93,21 @@ def test_expert_puts_down_a_wrong_block():
     assert world.placed == (plan[0],)
 
 
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_in_a_look_the_gripper_moves_and_nothing_else_does(seed):
+    episode = look_episode(np.random.default_rng(seed))
+    assert len(episode.worlds) == len(episode.actions) == LOOK_FRAMES
+    for before, action, after in zip(episode.worlds, episode.actions, episode.worlds[1:], strict=False):
+        np.testing.assert_array_equal(before.blocks, after.blocks)
+        np.testing.assert_allclose(state(step(before, action)), state(after), atol=1e-5)
+        assert (after.held, after.placed) == (None, ())
+    (segment,) = question(episode)["segments"]
+    first, second = (subgoal(episode.worlds[0].colors[i]) for i in episode.plan)
+    assert segment["content"] == initial_content(episode.task)
+    assert segment["updated_content"].startswith(f"Plan: 1. {first}\n2. {second}\n What I have done: Nothing.")
+
+
 def test_segments_cover_the_episode_and_change_where_the_image_does():
     episode = plan_episode(np.random.default_rng(0))
     segments = annotation(episode)["segments"]
@@ -119,13 +135,13 @@ def test_thoughts_say_what_is_done():
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
-    return write_toy_set(tmp_path_factory.mktemp("toy") / "plans", "plans", count=4, seed=5)
+    return write_toy_set(tmp_path_factory.mktemp("toy") / "plans", "plans", count=4, looks=2, seed=5)
 
 
 def test_written_set_reads_back(plans):
     data = open_set(plans)
-    assert (data.version, data.fps, len(data.episodes)) == ("v2.1", 10, 4)
-    for index, episode in enumerate(episodes("plans", 4, 5)):
+    assert (data.version, data.fps, len(data.episodes)) == ("v2.1", 10, 6)
+    for index, episode in enumerate([*episodes("plans", 4, 5), *episodes("looks", 2, 6)]):
         stored = frames(episode)
         rows = data.episode_slice(index)
         assert data.episodes[index].task == episode.task
@@ -139,9 +155,13 @@ def test_written_annotations_pass_every_check(plans):
     annotations = load_annotations(plans / "cot_simple.json")
     lengths = {e.index: e.length for e in open_set(plans).episodes}
     check_annotations(annotations, lengths)
+    assert annotations.vision_language == {4, 5}
     for index, episode in annotations.episodes.items():
+        looks = index in annotations.vision_language
         for frame in range(lengths[index]):
-            assert choose_thought(episode, frame, lengths[index], 0.0, 0.0).prefix.startswith("Instruction: put the")
+            thought = choose_thought(episode, frame, lengths[index], 0.0, 0.0, vision_language=looks)
+            assert thought.prefix.startswith("Instruction: put the")
+            assert thought.actions is False or not looks
 
 
 def test_base_set_has_no_plans(tmp_path):
@@ -172,8 +192,8 @@ def test_tokenizer_has_a_piece_per_colour_and_loses_nothing(plans):
     tokenizer = toy_tokenizer()
     for color in COLORS:
         assert len(tokenizer.encode(f" {color}")) == 1
-    for episode in json.loads((plans / "cot_simple.json").read_text()).values():
-        for segment in episode["segments"]:
-            assert tokenizer.decode(tokenizer.encode(segment["content"])) == segment["content"]
-            assert len(tokenizer.encode(segment["content"])) < 48
+    for episode in load_annotations(plans / "cot_simple.json").episodes.values():
+        for segment in episode.segments:
+            assert tokenizer.decode(tokenizer.encode(segment.content)) == segment.content
+            assert len(tokenizer.encode(segment.content)) < 48
     assert toy_tokenizer() == tokenizer
