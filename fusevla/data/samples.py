@@ -122,8 +122,7 @@ class SampleSource:
         self.cameras = tuple(camera for camera in used_cameras(data) if camera in frames.cameras)
         self.max_len = min(data.max_token_len, max(data.text_buckets))
         self._check()
-        spans = [self._span(i) for i in self.episodes]
-        self.rows: Int[np.ndarray, " n"] = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        self.rows: Int[np.ndarray, " n"] = self._rows(self.episodes)
         states = _normalized(frames.state[self.rows], stats, "state")
         widest = np.ones(states.shape[-1])
         self.report: TextReport = measure_text(
@@ -138,8 +137,7 @@ class SampleSource:
     def acting_rows(self) -> Int[np.ndarray, " m"]:
         """The rows whose actions can be trained: those of all but the vision-language episodes. Perhaps none."""
         thinking = self.annotations.vision_language if self.annotations else frozenset()
-        spans = [self._span(i) for i in self.episodes if self.frames.episodes[i].index not in thinking]
-        return np.concatenate([np.arange(0), *(np.arange(span.start, span.stop) for span in spans)])
+        return self._rows([i for i in self.episodes if self.frames.episodes[i].index not in thinking])
 
     def thought(self, index: int, epoch: int, seed: int) -> Thought:
         """What sample ``index`` says in this epoch."""
@@ -201,6 +199,10 @@ class SampleSource:
 
     def _span(self, position: int) -> slice:
         return self.frames.episode_slice(position)
+
+    def _rows(self, positions: Sequence[int]) -> Int[np.ndarray, " n"]:
+        spans = map(self._span, positions)
+        return np.concatenate([np.arange(0), *(np.arange(span.start, span.stop) for span in spans)])
 
     def _check(self) -> None:
         problems = []

@@ -140,7 +140,7 @@ def _advance(rng: np.random.Generator, worlds: list[World], actions: list[np.nda
 
 
 def look_episode(rng: np.random.Generator) -> Episode:
-    """A table to think about: the gripper wanders over it with open fingers and touches nothing; the plan is all there is."""
+    """A table to think about: the gripper wanders over it, open or opening, and touches nothing."""
     task, world, plan = plan_world(rng)
     worlds, actions = [dataclasses.replace(world, opening=float(rng.choice([0.0, 1.0])))], list[np.ndarray]()
     while len(actions) < LOOK_FRAMES:
@@ -198,7 +198,10 @@ def frames(episode: Episode) -> EpisodeFrames:
 
 
 def annotation(episode: Episode) -> dict[str, Any]:
-    """The episode's record in ``cot_simple.json``: think while the gripper opens, act in between, think at the end."""
+    """The episode's record in ``cot_simple.json``: think while the gripper opens, act in between, think at the end.
+
+    Where nothing is done (a vision-language episode) the first thought is due all the time.
+    """
     plans = [subgoal(episode.worlds[0].colors[block]) for block in episode.plan]
     contents = [initial_content(episode.task)]
     contents += [with_instruction(episode.task, plan_thought(plans, done)) for done in range(len(plans) + 1)]
@@ -210,14 +213,8 @@ def annotation(episode: Episode) -> dict[str, Any]:
         segments.append(_segment(start, end, contents[number]) | {"updated_content": thought} | _full(contents[number + 1]))
         if end != -1:
             segments.append(_segment(end, starts[number + 1], contents[number + 1]))
-    return {"episode_start_interval": [0, episode.opened_at[0]], "segments": segments}
-
-
-def question(episode: Episode) -> dict[str, Any]:
-    """A vision-language episode's record in ``cot_simple.json``: nothing is done, and the first thought is due all the time."""
-    thought = plan_thought([subgoal(episode.worlds[0].colors[block]) for block in episode.plan], 0)
-    segment = _segment(0, -1, initial_content(episode.task)) | {"updated_content": thought}
-    return {"episode_start_interval": [0, len(episode)], "segments": [segment]}
+    start_ends = episode.opened_at[0] if episode.opened_at else len(episode)
+    return {"episode_start_interval": [0, start_ends], "segments": segments}
 
 
 def _full(content: str) -> dict[str, str]:
@@ -275,5 +272,5 @@ def write_toy_set(
 
 def annotations(stream: Sequence[Episode]) -> dict[str, Any]:
     """``cot_simple.json`` of episodes with plans; those in which nothing is done are its vision-language episodes."""
-    records = {str(i): annotation(episode) if episode.placed_at else question(episode) for i, episode in enumerate(stream)}
+    records = {str(i): annotation(episode) for i, episode in enumerate(stream)}
     return records | {"vision_language_episode_idx": [i for i, episode in enumerate(stream) if not episode.placed_at]}

@@ -20,7 +20,6 @@ from fusevla.data.toy import (
     norm_stats,
     plan_episode,
     plan_world,
-    question,
     subgoal,
     succeeded,
     write_toy_set,
@@ -102,7 +101,7 @@ def test_in_a_look_the_gripper_moves_and_nothing_else_does(seed):
         np.testing.assert_array_equal(before.blocks, after.blocks)
         np.testing.assert_allclose(state(step(before, action)), state(after), atol=1e-5)
         assert (after.held, after.placed) == (None, ())
-    (segment,) = question(episode)["segments"]
+    (segment,) = annotation(episode)["segments"]
     first, second = (subgoal(episode.worlds[0].colors[i]) for i in episode.plan)
     assert segment["content"] == initial_content(episode.task)
     assert segment["updated_content"].startswith(f"Plan: 1. {first}\n2. {second}\n What I have done: Nothing.")
