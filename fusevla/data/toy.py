@@ -25,22 +25,23 @@ from fusevla.data.toy_world import MAX_STEP, REACH, TABLE, World, draw, over_tra
 
 Kind = Literal["plans", "looks", "base"]
 
-RELATIONS: Final[dict[str, tuple[str, Float[np.ndarray, "2"]]]] = {
-    "left": (" from left to right", np.array([1.0, 0.0])),
-    "top": (" from top to bottom", np.array([0.0, 1.0])),
-    "open": ("", np.array([1.0, 0.0])),
+RELATIONS: Final[dict[str, tuple[str, Float[np.ndarray, "2"], float]]] = {
+    "left": (" from left to right", np.array([1.0, 0.0]), 0.3),
+    "top": (" from top to bottom", np.array([0.0, 1.0]), 0.45),
+    "open": ("", np.array([1.0, 0.0]), 0.25),
 }
-"""What the instruction adds, and the direction along which blocks are taken. Where it leaves the order open, the
-demonstrations have a habit (left first) that the policy has to pick up from them."""
+"""What the instruction adds, the direction along which blocks are taken, and the share of the tasks. Where the instruction
+leaves the order open, the demonstrations have a habit (left first) that the policy has to pick up from them."""
 
-MARGIN: Final = 0.6
-"""Two blocks to be ordered differ by at least this much along the direction, in cells."""
+MARGIN: Final = 1.5
+"""Two blocks to be ordered differ by at least this much along the direction, in cells: two columns or rows, so that nobody
+would argue about the order."""
 FPS: Final = 10
 COLUMNS: Final = {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}
 """Camera name -> column of the set."""
 ACTUATOR_NOISE: Final = 0.04
 """Standard deviation of what the gripper does beside what it is told while demonstrations are collected, in cells."""
-LOOK_FRAMES: Final = 4
+LOOK_FRAMES: Final = 2
 """Frames of a vision-language episode."""
 _CLOSE_AT = 0.2
 _MAX_FRAMES = 120
@@ -100,8 +101,8 @@ def succeeded(world: World, plan: tuple[int, ...]) -> bool:
 
 def plan_world(rng: np.random.Generator) -> tuple[str, World, tuple[int, ...]]:
     """An unseen task: (instruction, table with three blocks, the two to be placed in order). Only the image has the order."""
-    family = str(rng.choice(list(RELATIONS)))
-    phrase, direction = RELATIONS[family]
+    relations = list(RELATIONS.values())
+    phrase, direction, _ = relations[rng.choice(len(relations), p=[share for *_, share in relations])]
     while True:
         world = random_world(rng)
         named = rng.permutation(len(world.colors))[:2]
@@ -235,7 +236,8 @@ def _segment(start: int, end: int, content: str) -> dict[str, Any]:
 def episodes(kind: Kind, count: int, seed: int) -> Iterator[Episode]:
     """``count`` episodes; each has a random stream of its own, so episode i is the same whatever the count."""
     make = {"plans": plan_episode, "looks": look_episode, "base": base_episode}[kind]
-    return (make(np.random.default_rng((seed, index))) for index in range(count))
+    stream = (1,) if kind == "looks" else ()  # of their own: they lie beside demonstrations of the same seed
+    return (make(np.random.default_rng((seed, index, *stream))) for index in range(count))
 
 
 def norm_stats() -> dict[str, NormStats]:
@@ -247,7 +249,7 @@ def norm_stats() -> dict[str, NormStats]:
 
 
 def write_toy_set(
-    root: str | os.PathLike[str], kind: Literal["plans", "base"] = "plans", count: int = 700, looks: int = 3_000, seed: int = 0
+    root: str | os.PathLike[str], kind: Literal["plans", "base"] = "plans", count: int = 700, looks: int = 6_000, seed: int = 0
 ) -> Path:
     """Writes a toy set as a LeRobot v2.1 folder with norm_stats.json; returns the folder.
 
@@ -259,7 +261,7 @@ def write_toy_set(
         raise FileExistsError(f"{root} exists already; a set is only ever written to a new folder. Delete it or choose another.")
     stream = list(episodes(kind, count, seed))
     if kind == "plans":
-        stream += episodes("looks", looks, seed + 1)
+        stream += episodes("looks", looks, seed)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
         made = write_lerobot_v21(Path(scratch) / "set", map(frames, stream), fps=FPS, robot_type="toy")

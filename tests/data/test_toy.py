@@ -47,7 +47,7 @@ def test_the_plan_follows_from_image_and_instruction(seed):
     words = task.split()
     assert {world.colors[i] for i in plan} == {word for word in words if word in COLORS}
     phrase = task.partition(" in the tray")[2]
-    direction = next(d for p, d in RELATIONS.values() if p == phrase)
+    direction = next(d for p, d, _ in RELATIONS.values() if p == phrase)
     first, second = (world.blocks[i] @ direction for i in plan)
     assert second - first > 0.5
 
@@ -140,7 +140,7 @@ def plans(tmp_path_factory):
 def test_written_set_reads_back(plans):
     data = open_set(plans)
     assert (data.version, data.fps, len(data.episodes)) == ("v2.1", 10, 6)
-    for index, episode in enumerate([*episodes("plans", 4, 5), *episodes("looks", 2, 6)]):
+    for index, episode in enumerate([*episodes("plans", 4, 5), *episodes("looks", 2, 5)]):
         stored = frames(episode)
         rows = data.episode_slice(index)
         assert data.episodes[index].task == episode.task
