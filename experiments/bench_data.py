@@ -88,14 +88,14 @@ def make_source(args: Args) -> "SampleSource":
     from fusevla.data.normalize import compute_norm_stats
     from fusevla.data.samples import used_cameras
     from fusevla.presets import LIBERO10
-    from fusevla.train.job import make_tokenizer, with_vocabulary
+    from fusevla.train.material import make_tokenizer, set_texts, with_vocabulary
 
     file = args.annotations or args.data / "cot_simple.json"
     reasoning = args.annotations is not None or file.is_file()
     data = dataclasses.replace(LIBERO10.data, use_reasoning=reasoning)
     frames = open_set(args.data, cameras=used_cameras(data))
     annotations = load_annotations(file) if reasoning else None
-    tokenizer = make_tokenizer(args.tokenizer, annotations, frames, LIBERO10.model)
+    tokenizer = make_tokenizer(args.tokenizer, set_texts(frames, annotations), LIBERO10.model)
     model = with_vocabulary(LIBERO10, tokenizer.vocab_size).model
     return SampleSource(frames, annotations, tokenizer, compute_norm_stats(frames), data, model)
 

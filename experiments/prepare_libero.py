@@ -223,7 +223,7 @@ def tokenizer_of(args: Args, findings: "Findings") -> tuple["Tokenizer", str]:
     from fusevla.presets import PI05
     from fusevla.tokens.ids import PALIGEMMA_SOURCE
     from fusevla.tokens.tokenizer import load_tokenizer
-    from fusevla.train.job import make_tokenizer
+    from fusevla.train.material import make_tokenizer, set_texts
 
     trained = "a small one trained on the set's text"
     if args.tokenizer is None:
@@ -234,7 +234,7 @@ def tokenizer_of(args: Args, findings: "Findings") -> tuple["Tokenizer", str]:
     choice = args.tokenizer or "train"
     assert findings.frames is not None
     try:
-        tokenizer = make_tokenizer(choice, findings.annotations, findings.frames, PI05)
+        tokenizer = make_tokenizer(choice, set_texts(findings.frames, findings.annotations), PI05)
     except (FileNotFoundError, ValueError) as error:
         raise PrepareError(f"--tokenizer: {error}") from None
     return tokenizer, trained if choice == "train" else choice

@@ -31,6 +31,10 @@ class Args:
     """A LeRobot folder (v2.0, v2.1 or v3.0)."""
     annotations: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Reasoning annotations; by default cot_simple.json inside the data."""
+    more_data: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="DIR")] = None
+    """Further sets to mix in, each with its cot_simple.json inside."""
+    data_weights: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="WEIGHT")] = None
+    """How often samples of each set are drawn, --data first (3 1: three of four from it); by default every frame as often."""
     weights: Annotated[str | None, tyro.conf.arg(metavar="DIR|none")] = None
     """Base weights in openpi's layout (folder or gs:// URL); none trains everything from random weights."""
     model: Literal["full", "tiny"] | None = None
@@ -117,7 +121,7 @@ def run(args: Args, out: Path, began: float) -> None:
         return
     resolved = resolve(request)
     if resolved.preset.name == TOY and args.data is None:
-        from fusevla.train.job import make_toy_set
+        from fusevla.train.material import make_toy_set
 
         make_toy_set(Path(str(resolved.preset.data.data)))
     absent = missing(resolved)

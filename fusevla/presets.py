@@ -5,6 +5,7 @@ tables of this repository's README.
 """
 
 import dataclasses
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -87,6 +88,10 @@ class DataConfig:
     """A LeRobot folder (v2.0, v2.1 or v3.0)."""
     annotations: str | None = None
     """cot_simple.json; by default the one inside ``data``."""
+    more_data: tuple[str, ...] = ()
+    """Further folders to mix in, each with its annotations inside."""
+    data_weights: tuple[float, ...] = ()
+    """How often each set is drawn, relative to the others, ``data`` first; empty: every frame of every set as often."""
     cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb")
     columns: tuple[tuple[str, str], ...] = ()
     """(name, column) pairs for columns that are not recognised; names: the cameras, ``state``, ``actions``."""
@@ -99,10 +104,18 @@ class DataConfig:
     text_buckets: tuple[int, ...] = (128, 192, 256, 320, 415)
     """Text is padded to the first of these that fits the longest sample of a batch; the last one is ``max_token_len``."""
     norm: str = "auto"
-    """``auto`` (norm_stats.json of the folder, computed when absent), ``none`` (raw values) or a norm_stats.json."""
+    """``auto`` (norm_stats.json of the folder, computed when absent, or over all sets where they are several), ``none`` (raw
+    values) or a norm_stats.json."""
     held_out_fraction: float = 0.1
     """Share of episodes kept for validation (at least one where there are two)."""
     workers: int = 0
+
+    @property
+    def sets(self) -> tuple[tuple[str, str], ...]:
+        """(folder, annotations) of every set, ``data`` first; None given, the annotations lie inside."""
+        folders = (() if self.data is None else (self.data,)) + self.more_data
+        inside = [str(Path(folder) / "cot_simple.json") for folder in folders]
+        return tuple(zip(folders, inside if self.annotations is None else [self.annotations, *inside[1:]], strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

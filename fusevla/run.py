@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from fusevla.arrays import Batch
-from fusevla.data.batch import Sample, collate
+from fusevla.data.batch import collate
 from fusevla.data.lerobot_meta import LeRobotError
-from fusevla.data.loader import Loader, Source, make_loader
+from fusevla.data.loader import Loader, make_loader
+from fusevla.data.mixture import Mixture
 from fusevla.evaluate.machine import peak_memory, versions
 from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
 from fusevla.evaluate.report import plot_batch, plot_losses
@@ -27,18 +28,9 @@ from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import Preset
 from fusevla.train.checkpoint import BaseWeights, Checkpoints, RunInfo, read_info, restore_state, save_frozen
 from fusevla.train.freeze import FreezeError, count_parameters
-from fusevla.train.job import (
-    Material,
-    abstract_trainable,
-    base_of,
-    combine,
-    make_model,
-    prepare,
-    restore_frozen,
-    run_info,
-    training_key,
-)
+from fusevla.train.job import abstract_trainable, base_of, combine, make_model, restore_frozen, run_info, training_key
 from fusevla.train.loop import JsonLines, NonFiniteError, Timing, fit, read_rows
+from fusevla.train.material import Material, prepare
 from fusevla.train.optim import make_optimizer
 from fusevla.train.request import Request, RequestError, Resolved, conflicts, continued
 from fusevla.train.sharding import check_batch_size, make_mesh, replicated
@@ -101,18 +93,27 @@ class Run:
 
     def _introduction(self, start: int) -> str:
         trains, rests = count_parameters(self.state.trainable), count_parameters(self.frozen)
-        held_out = 0 if self.material.held_out is None else len(self.material.held_out)
+        held_out = sum(map(len, self.material.held_out))
         resumed = f"resuming at step {start}\n" if start else ""
         return (
             f"{resumed}parameters: {trains:,} trainable (float32), {rests:,} frozen (bfloat16)\n"
-            f"training frames: {len(self.material.training):,}; held-out frames: {held_out:,}\n{self.material.training.report}\n"
+            f"training frames: {len(self.material.samples):,}; held-out frames: {held_out:,}\n{self._sets()}\n"
             f"devices: {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
         )
+
+    def _sets(self) -> str:
+        """A report of each set; where there are several, with its share of the samples."""
+        samples, sources = self.material.samples, self.material.training
+        if not isinstance(samples, Mixture):
+            return str(sources[0].report)
+        total, folders = len(samples), [folder for folder, _ in self.preset.data.sets]
+        parts = zip(samples.slots, folders, sources, strict=True)
+        return "\n".join(f"{share / total:.0%} of the samples from {folder}\n{source.report}" for share, folder, source in parts)
 
     def _loader(self, start: int) -> Loader[Batch]:
         train, data = self.preset.train, self.preset.data
         return make_loader(
-            cast(Source[Sample], self.material.training),
+            self.material.samples,
             lambda samples: collate(samples, data.text_buckets),
             batch_size=train.batch_size,
             seed=train.seed,
@@ -159,7 +160,7 @@ class Run:
         return itertools.chain([first], batches)
 
     def _evaluator(self) -> Evaluator | None:
-        if self.material.held_out is None or not self.options.eval_samples:
+        if not self.material.held_out or not self.options.eval_samples:
             return None
         return Evaluator(
             pick_held_out(self.material.held_out, self.options.eval_samples),
@@ -211,13 +212,15 @@ class Run:
             "samples_per_second": round(timing.samples_per_second, 3),
             **peak_memory(),
             "versions": versions(),
-            "paths": {"out": str(self.out), "data": self.preset.data.data, "weights": self.base.path, **self._files()},
+            "paths": self._paths(),
             "run": dataclasses.asdict(self.preset),
         }
 
-    def _files(self) -> dict[str, str]:
+    def _paths(self) -> dict[str, str | None]:
+        data = ", ".join(folder for folder, _ in self.preset.data.sets)
         names = ("metrics.jsonl", "validation.jsonl", "summary.json", "losses.png", "batch.png", "checkpoints")
-        return {name.split(".")[0]: str(self.out / name) for name in names}
+        files = {name.split(".")[0]: str(self.out / name) for name in names}
+        return {"out": str(self.out), "data": data, "weights": self.base.path, **files}
 
     def _report(self, summary: dict[str, Any]) -> None:
         plot_losses(read_rows(self.out / "metrics.jsonl"), read_rows(self.out / "validation.jsonl"), self.out / "losses.png")

@@ -59,10 +59,25 @@ def array_stats(values: Float[np.ndarray, "n a"]) -> NormStats:
 
 def compute_norm_stats(data: LeRobotSet, episodes: Sequence[int] | None = None) -> dict[str, NormStats]:
     """Statistics of ``state`` and ``actions`` over every frame, or over the ``episodes`` at these positions. Decodes no image."""
-    positions = range(len(data.episodes)) if episodes is None else episodes
-    spans = [data.episode_slice(i) for i in positions]
-    rows = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-    return {"state": array_stats(data.state[rows]), "actions": array_stats(data.actions[rows])}
+    return pooled_norm_stats([(data, range(len(data.episodes)) if episodes is None else episodes)])
+
+
+def pooled_norm_stats(parts: Sequence[tuple[LeRobotSet, Sequence[int]]]) -> dict[str, NormStats]:
+    """Statistics over the frames of several sets together: of each, the episodes at these positions.
+
+    Raises ``ValueError`` where the sets do not have the same dimensions.
+    """
+    tables: dict[str, list[np.ndarray]] = {"state": [], "actions": []}
+    for data, episodes in parts:
+        spans = [data.episode_slice(i) for i in episodes]
+        rows = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        tables["state"].append(data.state[rows])
+        tables["actions"].append(data.actions[rows])
+    for name, values in tables.items():
+        if len({table.shape[-1] for table in values}) > 1:
+            got = ", ".join(f"{table.shape[-1]} in {data.root}" for table, (data, _) in zip(values, parts, strict=True))
+            raise ValueError(f"{name}: expected the same number of dimensions in every set, got {got}; train them apart")
+    return {name: array_stats(np.concatenate(values)) for name, values in tables.items()}
 
 
 def degenerate(stats: NormStats, method: Method = "quantile") -> np.ndarray:

@@ -15,7 +15,7 @@ enters a figure. Means over no sample are None.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -36,6 +36,7 @@ Figures = dict[str, float | None]
 SCANNED = 20_000
 """Frames looked at to find reasoning and acting ones."""
 HELD_OUT_SEED = 0
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,32 +52,33 @@ class HeldOut:
         return self.reason + self.act
 
 
-def _evenly(items: Sequence[int], limit: int) -> list[int]:
+def _evenly(items: Sequence[T], limit: int) -> list[T]:
     if len(items) <= limit:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
-def pick_held_out(source: SampleSource, limit: int) -> HeldOut:
-    """Up to ``limit`` reasoning and ``limit`` acting samples, spread evenly over the frames; always the same ones.
+def pick_held_out(sources: Sequence[SampleSource], limit: int) -> HeldOut:
+    """Up to ``limit`` reasoning and ``limit`` acting samples, spread evenly over the frames of all sets; always the same ones.
 
     A thought is compared only where it is the right one for its frame: prompts that are outdated are left out.
     """
     reasons, acts = [], []
-    for index in _evenly(range(len(source)), SCANNED):
+    for source, index in _evenly([(one, index) for one in sources for index in range(len(one))], SCANNED):
         thought = source.thought(index, 0, HELD_OUT_SEED)
         if thought.kind == "reason":
-            reasons.append(index)
+            reasons.append((source, index))
         elif thought.actions:
-            acts.append(index)
-    make = lambda indices: tuple(source(index, 0, HELD_OUT_SEED) for index in _evenly(indices, limit))
+            acts.append((source, index))
+    make = lambda drawn: tuple(source(index, 0, HELD_OUT_SEED) for source, index in _evenly(drawn, limit))
     return HeldOut(make(reasons), make(acts))
 
 
-def training_mean(source: SampleSource) -> Float[np.ndarray, " a"]:
-    """Mean of the normalised actions over the source's frames that train them, in their real dimensions; zero without any."""
-    actions = np.asarray(source.frames.actions[source.acting_rows], np.float32)
-    normalized = actions if source.stats is None else normalize(actions, source.stats["actions"])
+def training_mean(sources: Sequence[SampleSource]) -> Float[np.ndarray, " a"]:
+    """Mean of the normalised actions over the frames that train them, in their real dimensions; zero without any."""
+    actions = np.concatenate([np.asarray(source.frames.actions[source.acting_rows], np.float32) for source in sources])
+    stats = sources[0].stats
+    normalized = actions if stats is None else normalize(actions, stats["actions"])
     return normalized.sum(axis=0) / max(len(actions), 1)
 
 

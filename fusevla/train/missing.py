@@ -29,10 +29,11 @@ def _download(preset: Preset) -> str:
 
 
 def _missing_data(preset: Preset) -> str | None:
-    folder = preset.data.data
-    if folder is not None and (Path(folder) / "meta" / "info.json").is_file():
+    sets = preset.data.sets
+    absent = [folder for folder, _ in sets if not (Path(folder) / "meta" / "info.json").is_file()]
+    if sets and not absent:
         return None
-    where = "no --data was given" if folder is None else f"{folder} is not a LeRobot folder (no meta/info.json)"
+    where = "; ".join(f"{folder} is not a LeRobot folder (no meta/info.json)" for folder in absent) or "no --data was given"
     return f"data: {where}.\n    {_download(preset)}"
 
 
@@ -40,12 +41,11 @@ def _missing_annotations(preset: Preset) -> str | None:
     data = preset.data
     if not data.use_reasoning:
         return None
-    inside = [] if data.data is None else [Path(data.data) / "cot_simple.json"]
-    candidates = [Path(data.annotations)] if data.annotations is not None else inside
-    if any(path.is_file() for path in candidates):
+    absent = [file for _, file in data.sets if not Path(file).is_file()]
+    if data.sets and not absent:
         return None
     published = PUBLISHED.get(preset.name)
-    looked = f"looked for {candidates[0]}" if candidates else "they usually lie inside the set"
+    looked = f"looked for {', '.join(absent)}" if absent else "they usually lie inside the set"
     if published is None:
         return f"reasoning annotations: cot_simple.json is not there ({looked}); give it with --annotations FILE."
     return (
@@ -88,7 +88,8 @@ def describe(resolved: Resolved, out: Path) -> str:
     """What the run would do, in a few lines."""
     preset, train = resolved.preset, resolved.preset.train
     published = PUBLISHED.get(preset.name)
-    source = preset.data.data or (f"{published.dataset} with {published.annotations}" if published else "the set")
+    published_set = f"{published.dataset} with {published.annotations}" if published else "the set"
+    source = " and ".join(folder for folder, _ in preset.data.sets) or published_set
     schedule = train.schedule
     origin = "random weights" if resolved.from_scratch else (resolved.weights or "the published pi05_base weights")
     size = preset.model.language.width

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,8 @@ class Request:
     preset: str | None = None
     data: str | None = None
     annotations: str | None = None
+    more_data: tuple[str, ...] | None = None
+    data_weights: tuple[float, ...] | None = None
     weights: str | None = None
     """A checkpoint, ``none`` for random weights, or None for the preset's."""
     model: Literal["full", "tiny"] | None = None
@@ -162,6 +165,7 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
         for name in ("batch", "steps", "flow_draws", "save_every", "log_every", "keep")
         if (value := getattr(request, name)) is not None and value < 1
     ]
+    problems += _weight_problems(request)
     if problems:
         raise RequestError("; ".join(problems))
     folder, annotations = default_data(base.name)
@@ -169,6 +173,8 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
         base.data,
         data=_absolute(request.data) or base.data.data or folder,
         annotations=_absolute(request.annotations) or (annotations if request.data is None else None),
+        more_data=None if request.more_data is None else tuple(map(_absolute, request.more_data)),
+        data_weights=request.data_weights,
         norm=request.norm if request.norm in (None, "auto", NONE) else _absolute(request.norm),
         held_out_fraction=request.held_out,
         workers=request.workers,
@@ -192,6 +198,15 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
     return Resolved(preset, weights, tokenizer, scratch)
 
 
+def _weight_problems(request: Request) -> list[str]:
+    """Weights that are none, or not one for each set."""
+    weights, sets = request.data_weights or (), 1 + len(request.more_data or ())
+    if weights and len(weights) != sets:
+        return [f"--data-weights: expected one number for each of the {sets} sets (--data, then --more-data), got {len(weights)}"]
+    bad = [weight for weight in weights if not (math.isfinite(weight) and weight > 0)]
+    return [f"--data-weights: expected positive numbers, got {bad}; leave out a set that is not wanted"] if bad else []
+
+
 def conflicts(request: Request, preset: Preset) -> list[str]:
     """Flags that were given and differ from the run that is to be resumed: it continues exactly, or not at all."""
     train, data, model = preset.train, preset.data, preset.model
@@ -208,23 +223,28 @@ def conflicts(request: Request, preset: Preset) -> list[str]:
         "flow_draws": train.flow_draws,
         "ema": train.ema_decay,
         "norm": data.norm,
+        "data_weights": data.data_weights,
         "held_out": data.held_out_fraction,
         "seed": train.seed,
     }
     given = {name: getattr(request, name) for name in current}
     if given["norm"] not in (None, "auto", NONE):
         given["norm"] = _absolute(given["norm"])
-    return [
-        f"--{name.replace('_', '-')} {given[name]} (the run has {value})"
-        for name, value in current.items()
-        if given[name] is not None and given[name] != value
-    ]
+    clash = [name for name, value in current.items() if given[name] is not None and given[name] != value]
+    problems = [f"--{name.replace('_', '-')} {given[name]} (the run has {current[name]})" for name in clash]
+    if request.more_data is not None and len(request.more_data) != len(data.more_data):
+        problems.append(f"--more-data with {len(request.more_data)} sets (the run has {len(data.more_data)})")
+    return problems
 
 
 def continued(request: Request, preset: Preset) -> Preset:
     """The stored preset of a run, with what may change on resume: where the data lie, intervals, workers."""
     data = _replaced(
-        preset.data, data=_absolute(request.data), annotations=_absolute(request.annotations), workers=request.workers
+        preset.data,
+        data=_absolute(request.data),
+        annotations=_absolute(request.annotations),
+        more_data=None if request.more_data is None else tuple(map(_absolute, request.more_data)),
+        workers=request.workers,
     )
     train = _replaced(preset.train, save_every=request.save_every, log_every=request.log_every, keep_checkpoints=request.keep)
     return dataclasses.replace(preset, data=data, train=train)

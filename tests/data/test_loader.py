@@ -21,7 +21,7 @@ from fusevla.data.lerobot import open_set
 from fusevla.data.loader import Loader, global_order, make_loader
 from fusevla.data.normalize import compute_norm_stats
 from fusevla.presets import LIBERO10
-from fusevla.train.job import make_tokenizer, with_vocabulary
+from fusevla.train.material import make_tokenizer, set_texts, with_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ with make_loader(Numbers(4), stack, batch_size=2, seed=0) as loader:
 def test_workers_change_nothing_of_real_batches(libero_sample: Path) -> None:
     """Decoded images, thoughts, tokens and actions, in batches that are made and shared by processes."""
     annotations, frames = load_annotations(libero_sample / "cot_simple.json"), open_set(libero_sample)
-    tokenizer = make_tokenizer("train", annotations, frames, LIBERO10.model)
+    tokenizer = make_tokenizer("train", set_texts(frames, annotations), LIBERO10.model)
     model = with_vocabulary(LIBERO10, tokenizer.vocab_size).model
     source = SampleSource(frames, annotations, tokenizer, compute_norm_stats(frames), LIBERO10.data, model)
 

@@ -154,9 +154,9 @@ def test_rows_that_act_leave_vision_language_episodes_out_and_so_does_the_mean(s
     kept = np.setdiff1d(source.rows, np.arange(thinking.start, thinking.stop))
     np.testing.assert_array_equal(source.acting_rows, kept)
     assert 0 < len(kept) < len(source)
-    np.testing.assert_allclose(training_mean(source), ACTIONS[kept].mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(training_mean([source]), ACTIONS[kept].mean(axis=0), rtol=1e-5, atol=1e-6)
     only_thinks = SampleSource(source.frames, source.annotations, TOKENIZER, None, DATA, MODEL, episodes=[3])
-    np.testing.assert_array_equal(training_mean(only_thinks), np.zeros(ACTIONS.shape[1]))
+    np.testing.assert_array_equal(training_mean([only_thinks]), np.zeros(ACTIONS.shape[1]))
 
 
 def test_options_change_what_is_drawn_and_nothing_else(source):

@@ -146,8 +146,8 @@ def test_written_set_reads_back(plans):
         assert data.episodes[index].task == episode.task
         np.testing.assert_array_equal(data.state[rows], stored.state)
         np.testing.assert_array_equal(data.actions[rows], episode.actions)
-        np.testing.assert_array_equal(data.image("base_0_rgb", rows.start + 3), stored.images["image"][3])
-        np.testing.assert_array_equal(data.image("left_wrist_0_rgb", rows.start + 3), stored.images["wrist_image"][3])
+        np.testing.assert_array_equal(data.image("base_0_rgb", rows.stop - 1), stored.images["image"][-1])
+        np.testing.assert_array_equal(data.image("left_wrist_0_rgb", rows.stop - 1), stored.images["wrist_image"][-1])
 
 
 def test_written_annotations_pass_every_check(plans):

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusevla.data.batch import split_episodes
-from fusevla.data.lerobot import open_set
 from fusevla.data.normalize import load_norm_stats
 from fusevla.presets import DataConfig
-from fusevla.train.job import make_stats
+from fusevla.train.material import make_stats, open_sets
 from tests.data import lerobot_sets as sets
 from tests.experiments.help_text import help_without
 
@@ -47,10 +45,11 @@ def test_every_frame_counts_and_what_is_degenerate_is_said(tmp_path, monkeypatch
 def test_the_held_out_share_gives_the_statistics_of_training(tmp_path, monkeypatch) -> None:
     root = sets.write(tmp_path / "set")
     run(monkeypatch, "--data", root, "--out", tmp_path, "--held-out", "0.4")
-    frames = open_set(root)
-    training, held_out = split_episodes(frames.episodes, 0.4)
-    assert held_out
-    expected = make_stats(DataConfig(data=str(root)), frames, training)
+    data = DataConfig(data=str(root), use_reasoning=False, held_out_fraction=0.4)
+    opened = open_sets(data)
+    assert opened[0].held_out
+    expected = make_stats(data, opened)
+    assert expected is not None
     for key, entry in load_norm_stats(tmp_path / "norm_stats.json").items():
         for field in ("mean", "std", "q01", "q99"):
             np.testing.assert_array_equal(getattr(entry, field), getattr(expected[key], field))

@@ -14,6 +14,7 @@ from fusevla.presets import LIBERO10, TINY, DataConfig, Preset
 from fusevla.run import load_policy
 from fusevla.train import job
 from fusevla.train.checkpoint import CheckpointError, Checkpoints, save_frozen
+from fusevla.train.material import Material, choose_buckets, prepare
 from fusevla.train.optim import make_optimizer
 from fusevla.train.sharding import make_mesh
 from fusevla.train.state import init_state
@@ -28,44 +29,44 @@ def preset(libero_sample: Path) -> Preset:
 
 
 @pytest.fixture(scope="module")
-def material(preset: Preset) -> job.Material:
-    return job.prepare(preset, "train")
+def material(preset: Preset) -> Material:
+    return prepare(preset, "train")
 
 
-def test_vocabulary_and_buckets_follow_the_set(material: job.Material) -> None:
+def test_vocabulary_and_buckets_follow_the_set(material: Material) -> None:
+    (training,), (held_out,) = material.training, material.held_out
     assert material.preset.model.vocab_size == material.tokenizer.vocab_size <= TINY.vocab_size
     assert material.preset.data.text_buckets == (128, 415)
     assert material.lengths == [128]
-    assert max(material.training.report.longest.values()) <= 128
-    assert material.held_out is not None
-    assert material.training.max_len == material.held_out.max_len == 415
+    assert max(training.report.longest.values()) <= 128
+    assert training.max_len == held_out.max_len == 415
 
 
-def test_statistics_are_of_the_training_episodes(material: job.Material, libero_sample: Path) -> None:
+def test_statistics_are_of_the_training_episodes(material: Material, libero_sample: Path) -> None:
     frames = open_set(libero_sample)
-    expected = compute_norm_stats(frames, material.training.episodes)
+    (training,), (held_out,) = material.training, material.held_out
+    expected = compute_norm_stats(frames, training.episodes)
     assert material.stats is not None
     assert stats_to_json(material.stats) == stats_to_json(expected)
-    assert material.held_out is not None
-    assert not set(material.training.episodes) & set(material.held_out.episodes)
+    assert not set(training.episodes) & set(held_out.episodes)
 
 
 def test_no_normalisation_keeps_raw_values(preset: Preset) -> None:
-    raw = job.prepare(dataclasses.replace(preset, data=dataclasses.replace(preset.data, norm="none")), "train")
+    raw = prepare(dataclasses.replace(preset, data=dataclasses.replace(preset.data, norm="none")), "train")
     assert raw.stats is None
-    actions = raw.training.frames.actions
-    np.testing.assert_array_equal(raw.training(0, 0, 0).actions[0, : actions.shape[1]], actions[raw.training.rows[0]])
+    (training,) = raw.training
+    actions = training.frames.actions
+    np.testing.assert_array_equal(training(0, 0, 0).actions[0, : actions.shape[1]], actions[training.rows[0]])
 
 
-def test_a_resumed_run_sees_the_same_samples(material: job.Material) -> None:
+def test_a_resumed_run_sees_the_same_samples(material: Material) -> None:
     base = job.base_of(small_model(), None)
-    again = job.prepare(material.preset, "ignored", job.run_info(material, base, {}))
+    again = prepare(material.preset, "ignored", job.run_info(material, base, {}))
     assert again.preset == material.preset
     assert again.lengths == material.lengths
-    assert again.held_out is not None
-    assert again.held_out.max_len == 415
+    assert again.held_out[0].max_len == 415
     for index in (0, 700, 1400):
-        first, second = material.training(index, 3, 42), again.training(index, 3, 42)
+        first, second = material.samples(index, 3, 42), again.samples(index, 3, 42)
         np.testing.assert_array_equal(first.text.tokens, second.text.tokens)
         np.testing.assert_array_equal(first.actions, second.actions)
 
@@ -85,7 +86,7 @@ def assert_equal(got: object, expected: object) -> None:
 
 @pytest.mark.parametrize("stored", [True, False])
 def test_a_policy_comes_back_from_checkpoints_alone(
-    weights: Path, tmp_path: Path, material: job.Material, stored: bool, monkeypatch: pytest.MonkeyPatch
+    weights: Path, tmp_path: Path, material: Material, stored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "STORE_BELOW", 2**20 if stored else 0)
     preset = Preset("small", MODEL, train=TRAIN)
@@ -103,7 +104,7 @@ def test_a_policy_comes_back_from_checkpoints_alone(
     assert (restored.tokenizer, restored.norm_stats) == (info.tokenizer, info.norm_stats)
 
 
-def test_other_base_weights_are_refused(weights: Path, tmp_path: Path, material: job.Material) -> None:
+def test_other_base_weights_are_refused(weights: Path, tmp_path: Path, material: Material) -> None:
     preset = Preset("small", MODEL, train=TRAIN)
     _, frozen = job.make_model(preset, str(weights), MESH)
     other = tmp_path / "other" / "params"
@@ -114,13 +115,13 @@ def test_other_base_weights_are_refused(weights: Path, tmp_path: Path, material:
         job.restore_frozen(tmp_path, info, MESH)
 
 
-def test_small_buckets_are_used_where_batches_are_short(preset: Preset, material: job.Material) -> None:
+def test_small_buckets_are_used_where_batches_are_short(preset: Preset, material: Material) -> None:
     data = dataclasses.replace(material.preset.data, text_buckets=(40, 64, 96, 110, 128, 415))
     resized = dataclasses.replace(material.preset, data=data)
-    source = job.prepare(
+    source = prepare(
         resized, "", job.run_info(dataclasses.replace(material, preset=resized), job.base_of(small_model(), None), {})
     )
-    alone, many = job.choose_buckets(source.training, 1), job.choose_buckets(source.training, 64)
+    alone, many = (choose_buckets(source.training, (), batch_size) for batch_size in (1, 64))
     assert {64, 110, 415} <= set(alone)
     assert 64 not in many
-    assert max(source.training.report.longest.values()) <= 110
+    assert max(source.training[0].report.longest.values()) <= 110

@@ -59,6 +59,8 @@ def test_steps_set_the_length_of_the_decay() -> None:
     [
         (Request(preset="libero"), "--preset: expected one of"),
         (Request(preset="libero10", batch=0, log_every=-1), "--batch: expected at least 1, got 0; --log-every"),
+        (Request("libero10", more_data=("b",), data_weights=(1.0,)), "expected one number for each of the 2 sets"),
+        (Request("libero10", more_data=("b",), data_weights=(1.0, -2.0)), "--data-weights: expected positive numbers, got"),
     ],
 )
 def test_nonsense_is_refused(request_: Request, message: str) -> None:
@@ -106,9 +108,20 @@ def test_resume_refuses_what_would_change_the_run() -> None:
     assert conflicts(Request(preset="libero10", model="tiny", steps=200, save_every=7, workers=3), stored) == []
     clash = conflicts(Request(steps=300, seed=1, freeze="none"), stored)
     assert clash == ["--steps 300 (the run has 200)", "--freeze none (the run has llm)", "--seed 1 (the run has 42)"]
+    assert conflicts(Request(more_data=("b",)), stored) == ["--more-data with 1 sets (the run has 0)"]
 
 
 def test_resume_may_change_intervals_and_places() -> None:
     changed = continued(Request(data="/elsewhere", save_every=7, workers=2), LIBERO10)
     assert (changed.data.data, changed.data.workers, changed.train.save_every) == ("/elsewhere", 2, 7)
     assert dataclasses.replace(changed.train, save_every=LIBERO10.train.save_every) == LIBERO10.train
+
+
+def test_every_set_that_is_not_there_is_named(bare_machine: Path) -> None:
+    (bare_machine / "a/meta").mkdir(parents=True)
+    (bare_machine / "a/meta/info.json").touch()
+    data, annotations, *_ = missing(resolve(Request("libero10", data="a", more_data=("b", "c"))))
+    for name in "bc":
+        assert f"{bare_machine / name} is not a LeRobot folder" in data
+    assert f"{bare_machine / 'a'} is not" not in data
+    assert all(f"{bare_machine / name / 'cot_simple.json'}" in annotations for name in "abc")
