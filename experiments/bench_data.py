@@ -54,6 +54,8 @@ class Args:
     """Reasoning annotations; by default cot_simple.json inside the data, and without reasoning where there is none."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="PATH|train")] = "train"
     """A SentencePiece model, or a small one made from the set's text."""
+    frame_cache: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Ours reads frames from this cache (train.py --frame-cache), which is filled first."""
     batch: int = 32
     """Samples per batch."""
     batches: int = 16
@@ -82,6 +84,9 @@ class Window:
 
 def make_source(args: Args) -> "SampleSource":
     """The samples of the libero presets."""
+    from rich.console import Console
+    from rich.progress import track
+
     from fusevla.data.annotations import load_annotations
     from fusevla.data.batch import SampleSource
     from fusevla.data.lerobot import open_set
@@ -92,12 +97,17 @@ def make_source(args: Args) -> "SampleSource":
 
     file = args.annotations or args.data / "cot_simple.json"
     reasoning = args.annotations is not None or file.is_file()
-    data = dataclasses.replace(LIBERO10.data, use_reasoning=reasoning)
+    cache = None if args.frame_cache is None else str(args.frame_cache)
+    data = dataclasses.replace(LIBERO10.data, use_reasoning=reasoning, frame_cache=cache)
     frames = open_set(args.data, cameras=used_cameras(data))
     annotations = load_annotations(file) if reasoning else None
     tokenizer = make_tokenizer(args.tokenizer, set_texts(frames, annotations), LIBERO10.model)
     model = with_vocabulary(LIBERO10, tokenizer.vocab_size).model
-    return SampleSource(frames, annotations, tokenizer, compute_norm_stats(frames), data, model)
+    source = SampleSource(frames, annotations, tokenizer, compute_norm_stats(frames), data, model)
+    if args.frame_cache is not None:
+        for index in track(range(len(source)), "filling the frame cache", console=Console(stderr=True), transient=True):
+            source(index, 0, 0)
+    return source
 
 
 def ours(args: Args, source: "SampleSource") -> Pipeline:
@@ -221,6 +231,7 @@ def run(args: Args) -> dict[str, Any]:
         "frames": len(source),
         "cameras": len(source.cameras),
         "workers": args.workers,
+        "frame_cache": args.frame_cache is not None,
         "batch": args.batch,
         **summarize(windows),
         "first_batch_seconds": first_batch,

@@ -70,7 +70,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         run(args)
-    except (PrepareError, ImportError) as error:
+    except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

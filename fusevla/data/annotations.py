@@ -4,19 +4,19 @@ An episode of P plans has 2P + 1 segments, half-open in frames: think, act, thin
 ``episode_start_interval``; the last one ends with the episode (``end_step`` -1). A *think* segment carries
 ``updated_content``, the thought that replaces ``content``; an *act* segment carries none.
 
-The strings that prompts are made of live here as well, so that training and inference share them. Source: DESIGN section 5
-("Reasoning annotations", "Choosing the thought of a frame").
+Source: DESIGN section 5 ("Reasoning annotations", "Choosing the thought of a frame").
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from fusevla.data.annotation_schema import AnnotationError, check_document, length_defects
+from fusevla.data.prompts import initial_content
 
 __all__ = [
     "AnnotationError",
@@ -29,12 +29,9 @@ __all__ = [
     "check_annotations",
     "choose_thought",
     "draw_pair",
-    "initial_content",
     "load_annotations",
-    "plan_thought",
     "possible_thoughts",
     "think_probability",
-    "with_instruction",
 ]
 
 Kind = Literal["reason", "reason_outdated", "act", "act_outdated"]
@@ -241,30 +238,6 @@ def draw_pair(seed: int, epoch: int, row: int) -> tuple[float, float]:
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch, row))))
     r1, r2 = generator.random(2)
     return float(r1), float(r2)
-
-
-def initial_content(task: str) -> str:
-    """The prompt before the first thought, character for character as annotated (the spaces are in the data)."""
-    return with_instruction(task, "Plan: TBD.\n What I have done: TBD.\nNow I need to do: TBD.\n")
-
-
-def with_instruction(task: str, thought: str) -> str:
-    """The prompt after a thought: the instruction, then the thought as the model wrote it."""
-    return f"Instruction: {task}. \n{thought}"
-
-
-def plan_thought(plans: Sequence[str], done: int) -> str:
-    """The thought of an episode with these plans of which the first ``done`` are finished.
-
-    Raises:
-        ValueError: no plan, or more of them done than there are.
-    """
-    if not 0 <= done <= len(plans) or not plans:
-        raise ValueError(f"plan_thought: expected plans and 0 <= done <= {len(plans)}, got {list(plans)} and {done}")
-    numbered = [f"{number}. {plan}" for number, plan in enumerate(plans, 1)]
-    finished = "\n".join(numbered[:done]) or "Nothing."
-    now = plans[done] if done < len(plans) else "Nothing. Task complete."
-    return "Plan: " + "\n".join(numbered) + f"\n What I have done: {finished}\nNow I need to do: {now}\n"
 
 
 def act_only_prefix(annotation: EpisodeAnnotation | str) -> str:

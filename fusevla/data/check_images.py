@@ -24,11 +24,7 @@ def image_count(data: LeRobotSet, which: Which) -> int:
 
 
 def image_defects(data: LeRobotSet, which: Which, advance: Callable[[int], None] = lambda count: None) -> list[str]:
-    """One line for every image that is missing, damaged or of another size than announced; ``advance(n)`` as they are done.
-
-    Raises:
-        ImportError: a camera is kept as video and PyAV is not installed.
-    """
+    """One line for every image that is missing, damaged or of another size than announced; ``advance(n)`` as they are done."""
     if which == "none":
         return []
     scanned: dict[Path, np.ndarray | str] = {}
@@ -55,7 +51,7 @@ def _scan(data: LeRobotSet, path: Path) -> np.ndarray | str:
     try:
         return frame_times(path)
     except Exception as error:  # decoders raise whatever they like on damaged bytes
-        if isinstance(error, ImportError | MemoryError):
+        if isinstance(error, MemoryError):
             raise
         return f"the video cannot be decoded ({type(error).__name__}: {error})."
 

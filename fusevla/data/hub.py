@@ -1,9 +1,7 @@
-"""Fetches published sets and annotations from the Hugging Face hub, where its client is installed and there is a network."""
+"""Fetches published sets and annotations from the Hugging Face hub, where there is a network."""
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fusevla.data.prepare import PrepareError
 from fusevla.files import cache_folder
@@ -35,22 +33,14 @@ def fetch_annotations(repos: Sequence[str], folder: str) -> Path:
 
 
 def _fetch(repo: str, pattern: str | None, remedy: str) -> Path:
-    client = _import_client(remedy)
+    import huggingface_hub
+
     folder = cache_folder() / "hub" / repo
     try:
-        client.snapshot_download(repo_id=repo, repo_type="dataset", local_dir=str(folder), allow_patterns=pattern)
+        huggingface_hub.snapshot_download(repo_id=repo, repo_type="dataset", local_dir=str(folder), allow_patterns=pattern)
     except Exception as error:  # the client's own errors and those of whatever it connects with
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise PrepareError(
             f"{repo}: could not be fetched from the hub ({reason}); {remedy}, or name another repository"
         ) from None
     return folder
-
-
-def _import_client(remedy: str) -> Any:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise PrepareError(
-            f"Fetching from the hub needs its client: pip install huggingface_hub. Without a network {remedy}."
-        ) from None

@@ -1,7 +1,7 @@
 """LeRobot folders, v2.0, v2.1 and v3.0, read with pyarrow alone: numbers in memory, images one by one when asked for.
 
 ``open_set`` checks everything but the pixels and reports every defect at once. Images inside parquet need nothing else;
-video columns need PyAV, imported when the first frame is asked for.
+video columns go through PyAV, imported when the first frame is asked for.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ class LeRobotSet:
                 return self._checked(Image.fromarray(pixels), column)
             return self._checked(self._stored(record.path, column, self._first_rows[i] + frame, strict), column)
         except Exception as error:  # decoders raise whatever they like on damaged bytes
-            if isinstance(error, ImportError | MemoryError):
+            if isinstance(error, MemoryError):
                 raise
             where = record.videos[column].path if column in record.videos else record.path
             problem = f"{column} of episode {record.index}, frame {frame} cannot be decoded ({type(error).__name__}: {error})."

@@ -7,6 +7,7 @@ Source: DESIGN section 5 ("Order of transforms").
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,15 +25,16 @@ from fusevla.data.annotations import (
     draw_pair,
     possible_thoughts,
 )
+from fusevla.data.frame_cache import open_cache
 from fusevla.data.lerobot import Episode
 from fusevla.data.normalize import NormStats, normalize
 from fusevla.data.text_report import TextReport, measure_text
-from fusevla.data.transforms import action_chunk, pad_dim, resize_with_pad
+from fusevla.data.transforms import action_chunk, pad_dim, resize_with_pad, stay_chunk
 from fusevla.presets import DataConfig, ModelConfig
 from fusevla.tokens.protocol import TokenizedText, digitize_state, encode_prompt, encode_sample
 from fusevla.tokens.tokenizer import Tokenizer
 
-__all__ = ["FrameSet", "Sample", "SampleSource", "Stats", "prompt_sample", "stay_chunk", "used_cameras"]
+__all__ = ["FrameSet", "Sample", "SampleSource", "Stats", "prompt_sample", "used_cameras"]
 
 Stats = Mapping[str, NormStats]
 
@@ -41,6 +43,7 @@ Stats = Mapping[str, NormStats]
 class FrameSet(Protocol):
     """What this module needs of a set; ``fusevla.data.lerobot.LeRobotSet`` is one."""
 
+    root: Path
     state: Float[np.ndarray, "n a"]
     actions: Float[np.ndarray, "n a"]
 
@@ -113,8 +116,8 @@ class SampleSource:
             validation: Draw as validation does: a thinking frame never acts on the outdated thought.
 
         Raises:
-            ValueError: sizes that do not fit together, no camera, no episode, annotations missing or not fitting the set, or
-                a thought that no prompt can precede within the text limit.
+            ValueError: sizes that do not fit together, no camera, no episode, annotations missing or not fitting the set, a
+                thought that no prompt can precede within the text limit, or a frame cache that cannot be written.
         """
         self.frames, self.annotations, self.tokenizer, self.stats = frames, annotations, tokenizer, stats
         self.data, self.model, self.validation = data, model, validation
@@ -122,6 +125,8 @@ class SampleSource:
         self.cameras = tuple(camera for camera in used_cameras(data) if camera in frames.cameras)
         self.max_len = min(data.max_token_len, max(data.text_buckets))
         self._check()
+        folder, size = data.frame_cache, model.vision.image_size
+        self.cache = None if folder is None else open_cache(folder, frames.root, self.cameras, size)
         self.rows: Int[np.ndarray, " n"] = self._rows(self.episodes)
         states = _normalized(frames.state[self.rows], stats, "state")
         widest = np.ones(states.shape[-1])
@@ -170,11 +175,10 @@ class SampleSource:
         row = int(self.rows[index])
         position, frame = self.frames.locate(row)
         thought = self.thought(index, epoch, seed)
-        images = _prepare_images({c: self.frames.picture(c, row) for c in self.cameras}, self.model.vision.image_size)
         chunk, is_pad = self._actions(position, frame, thought.stay)
         state = _normalized(self.frames.state[row], self.stats, "state")
         return Sample(
-            images=images,
+            images={camera: self._image(camera, row) for camera in self.cameras},
             state=pad_dim(state, self.model.action_dim),
             text=self._text(thought, state),
             actions=pad_dim(_normalized(chunk, self.stats, "actions"), self.model.action_dim),
@@ -184,8 +188,17 @@ class SampleSource:
             frame=frame,
         )
 
+    def _image(self, camera: str, row: int) -> UInt8[np.ndarray, "size size 3"] | None:
+        kept = None if self.cache is None else self.cache.get(camera, row)
+        if kept is not None:
+            return kept
+        pixels = _resized(self.frames.picture(camera, row), self.model.vision.image_size)
+        if self.cache is not None and pixels is not None:
+            self.cache.put(camera, row, pixels)
+        return pixels
+
     def _actions(self, position: int, frame: int, stay: bool) -> tuple[np.ndarray, np.ndarray]:
-        actions = self.frames.actions[self._span(position)]
+        actions = self.frames.actions[self.frames.episode_slice(position)]
         if stay:
             return stay_chunk(actions[-1], self.model.action_horizon), np.zeros(self.model.action_horizon, bool)
         return action_chunk(actions, frame, self.model.action_horizon)
@@ -197,11 +210,8 @@ class SampleSource:
         # Vision-language episodes never train actions, even where reasoning is off and the sample acts.
         return dataclasses.replace(text, diffusion=thought.actions, clipped=clipped)
 
-    def _span(self, position: int) -> slice:
-        return self.frames.episode_slice(position)
-
     def _rows(self, positions: Sequence[int]) -> Int[np.ndarray, " n"]:
-        spans = map(self._span, positions)
+        spans = map(self.frames.episode_slice, positions)
         return np.concatenate([np.arange(0), *(np.arange(span.start, span.stop) for span in spans)])
 
     def _check(self) -> None:
@@ -249,13 +259,6 @@ def used_cameras(data: DataConfig) -> tuple[str, ...]:
     return tuple(sorted(camera for camera in data.cameras if data.use_wrist_image or "wrist" not in camera))
 
 
-def stay_chunk(last_action: Float[np.ndarray, " a"], horizon: int) -> Float[np.ndarray, "h a"]:
-    """Stand still: ``horizon`` actions of zero motion with the last gripper command (the last dimension), not normalised."""
-    still = np.zeros_like(last_action)
-    still[-1] = last_action[-1]
-    return np.tile(still, (horizon, 1))
-
-
 def prompt_sample(
     images: Mapping[str, UInt8[np.ndarray, "height width 3"] | None],
     state: Float[np.ndarray, " a"],
@@ -277,7 +280,7 @@ def prompt_sample(
     """
     normal = _normalized(np.asarray(state, np.float32), stats, "state")
     return Sample(
-        images=_prepare_images({camera: images.get(camera) for camera in used_cameras(data)}, model.vision.image_size),
+        images={camera: _resized(images.get(camera), model.vision.image_size) for camera in used_cameras(data)},
         state=pad_dim(normal, model.action_dim),
         text=encode_prompt(tokenizer, prefix, normal, min(data.max_token_len, max(data.text_buckets))),
         actions=np.zeros((model.action_horizon, model.action_dim), np.float32),
@@ -291,7 +294,5 @@ def _normalized(x: np.ndarray, stats: Stats | None, key: str) -> np.ndarray:
     return x if stats is None else normalize(x, stats[key])
 
 
-def _prepare_images(
-    images: Mapping[str, np.ndarray | Image.Image | None], size: int
-) -> dict[str, UInt8[np.ndarray, "size size 3"] | None]:
-    return {camera: None if image is None else resize_with_pad(image, size, size) for camera, image in images.items()}
+def _resized(image: np.ndarray | Image.Image | None, size: int) -> UInt8[np.ndarray, "size size 3"] | None:
+    return None if image is None else resize_with_pad(image, size, size)

@@ -18,9 +18,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from fusevla.arrays import Float
-from fusevla.data.annotations import initial_content, plan_thought, with_instruction
 from fusevla.data.lerobot import EpisodeFrames, write_lerobot_v21
 from fusevla.data.normalize import NormStats, save_norm_stats
+from fusevla.data.prompts import initial_content, plan_thought, with_instruction
 from fusevla.data.toy_world import MAX_STEP, REACH, TABLE, World, draw, over_tray, random_world, state, step
 
 Kind = Literal["plans", "looks", "base"]

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from fusevla.data.annotations import initial_content, plan_thought, with_instruction
+from fusevla.data.prompts import initial_content, plan_thought, with_instruction
 from fusevla.data.toy import subgoal
 from fusevla.data.toy_world import COLORS
 from fusevla.tokens.tokenizer import Tokenizer, train_tokenizer

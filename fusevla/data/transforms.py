@@ -5,7 +5,7 @@ from PIL import Image
 
 from fusevla.arrays import Bool, Float, UInt8
 
-__all__ = ["action_chunk", "pad_dim", "padded_box", "resize_with_pad"]
+__all__ = ["action_chunk", "pad_dim", "padded_box", "resize_with_pad", "stay_chunk"]
 
 
 def padded_box(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int, int, int]:
@@ -51,6 +51,13 @@ def action_chunk(
         raise IndexError(f"frame {frame} of an episode with {len(actions)}")
     steps = frame + np.arange(horizon)
     return actions[np.minimum(steps, len(actions) - 1)], steps >= len(actions)
+
+
+def stay_chunk(last_action: Float[np.ndarray, " a"], horizon: int) -> Float[np.ndarray, "h a"]:
+    """Stand still: ``horizon`` actions of zero motion with the last gripper command (the last dimension), not normalised."""
+    still = np.zeros_like(last_action)
+    still[-1] = last_action[-1]
+    return np.tile(still, (horizon, 1))
 
 
 def pad_dim(x: Float[np.ndarray, "*batch a"], dim: int) -> Float[np.ndarray, "*batch dim"]:

@@ -54,9 +54,6 @@ def validate(
         annotations: Its ``cot_simple.json``.
         rules: What to look at.
         watch: Called with the set before its images are decoded; gives what is called with the number of images done.
-
-    Raises:
-        ImportError: a camera is kept as video, images are to be checked and PyAV is not installed.
     """
     noted = Defects(root)
     frames, lengths = inspect_set(root, rules.columns, rules.cameras, noted)

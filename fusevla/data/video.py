@@ -1,6 +1,5 @@
-"""Single frames of a video file, through PyAV. Imported only when a set keeps its images as video."""
+"""Single frames of a video file, through PyAV; imported only when a set keeps its images as video."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +12,35 @@ def read_frame(path: Path, timestamp: float, fps: float) -> np.ndarray:
     """The frame shown at ``timestamp`` seconds, uint8 [H, W, 3]: seeks to the key frame before it and decodes on.
 
     Raises:
-        ImportError: PyAV is not installed.
         ValueError: no frame within half a frame interval of ``timestamp``.
     """
-    av = _import_av()
+    import av
+
+    best: Any = None
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream: Any = container.streams.video[0]
         container.seek(max(0, int((timestamp - 0.5 / fps) / stream.time_base)), stream=stream, backward=True)
-        best: Any = None
         for frame in container.decode(stream):
             if best is None or abs(frame.time - timestamp) <= abs(best.time - timestamp):
                 best = frame
             if frame.time >= timestamp:
                 break
-        if best is None or abs(best.time - timestamp) > 0.5 / fps:
-            got = "none" if best is None else f"{best.time:g} s"
-            raise ValueError(f"a frame at {timestamp:g} s (within {0.5 / fps:g} s) expected, the nearest is {got}")
-        return np.asarray(best.to_ndarray(format="rgb24"))
+    if best is None or abs(best.time - timestamp) > 0.5 / fps:
+        got = "none" if best is None else f"{best.time:g} s"
+        raise ValueError(f"a frame at {timestamp:g} s (within {0.5 / fps:g} s) expected, the nearest is {got}")
+    return np.asarray(best.to_ndarray(format="rgb24"))
 
 
 def frame_times(path: Path) -> np.ndarray:
     """When each frame of a video is shown, in seconds, ascending, float64 [frames]: by decoding the whole file.
 
     Raises:
-        ImportError: PyAV is not installed.
         Exception: what PyAV raises for a damaged file.
     """
-    av = _import_av()
+    import av
+
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream: Any = container.streams.video[0]
         stream.codec_context.options = {"err_detect": "explode"}
-        return np.sort(np.asarray([frame.time for frame in container.decode(stream)], np.float64))
-
-
-def _import_av() -> Any:
-    try:
-        return importlib.import_module("av")
-    except ImportError as error:
-        raise ImportError("This set keeps its images as video; that needs PyAV: pip install av (or fusevla[lerobot]).") from error
+        times = [frame.time for frame in container.decode(stream)]
+    return np.sort(np.asarray(times, np.float64))

@@ -22,8 +22,7 @@ def _download(preset: Preset) -> str:
     if published is None:
         return "give a LeRobot folder with --data"
     return (
-        f"pip install huggingface_hub, then\n"
-        f"      hf download {published.dataset} --repo-type dataset --local-dir data/{published.folder}\n"
+        f"hf download {published.dataset} --repo-type dataset --local-dir data/{published.folder}\n"
         f"    (found there without a flag), or give any LeRobot folder with --data DIR"
     )
 

@@ -66,6 +66,7 @@ class Request:
     log_every: int | None = None
     keep: int | None = None
     workers: int | None = None
+    frame_cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,7 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
         norm=request.norm if request.norm in (None, "auto", NONE) else _absolute(request.norm),
         held_out_fraction=request.held_out,
         workers=request.workers,
+        frame_cache=_absolute(request.frame_cache),
     )
     train = _replaced(
         base.train,
@@ -245,6 +247,7 @@ def continued(request: Request, preset: Preset) -> Preset:
         annotations=_absolute(request.annotations),
         more_data=None if request.more_data is None else tuple(map(_absolute, request.more_data)),
         workers=request.workers,
+        frame_cache=_absolute(request.frame_cache),
     )
     train = _replaced(preset.train, save_every=request.save_every, log_every=request.log_every, keep_checkpoints=request.keep)
     return dataclasses.replace(preset, data=data, train=train)

@@ -18,12 +18,10 @@ from fusevla.data.annotations import (
     check_annotations,
     choose_thought,
     draw_pair,
-    initial_content,
     load_annotations,
-    plan_thought,
     possible_thoughts,
-    with_instruction,
 )
+from fusevla.data.prompts import initial_content, plan_thought, with_instruction
 from tests.references_text import choose, episode_record
 
 SAMPLE = pathlib.Path(__file__).parents[3] / "shared" / "libero_sample" / "cot_simple.json"

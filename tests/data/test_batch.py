@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from fusevla.data.annotations import load_annotations
 from fusevla.data.batch import bucket_for, collate, prompt_sample, split_episodes
 from fusevla.data.lerobot import Episode, open_set
 from fusevla.data.normalize import NormStats, array_stats, normalize
-from fusevla.data.samples import SampleSource, stay_chunk, used_cameras
+from fusevla.data.samples import SampleSource, used_cameras
+from fusevla.data.transforms import stay_chunk
 from fusevla.presets import TINY, DataConfig
 from fusevla.tokens.tokenizer import train_tokenizer
 from tests.references_text import episode_record
@@ -46,7 +48,7 @@ class FakeSet:
     def __init__(self):
         self.cameras = {"left_wrist_0_rgb": "wrist_image", "base_0_rgb": "image"}
         self.episodes = tuple(Episode(i, length, task) for i, (length, task) in enumerate(zip(LENGTHS, TASKS, strict=True)))
-        self.state, self.actions = STATE, ACTIONS
+        self.root, self.state, self.actions = Path("memory"), STATE, ACTIONS
         self.starts = np.cumsum([0, *LENGTHS])
 
     def episode_slice(self, i):

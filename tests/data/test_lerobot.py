@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -457,7 +458,6 @@ def test_page_cache_is_bounded() -> None:
 
 def write_video(path: Path, images: Iterable[np.ndarray]) -> None:
     """A lossless video at 10 frames per second with a key frame every 3."""
-    av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264rgb", rate=10, options={"crf": "0", "g": "3"})
@@ -508,14 +508,6 @@ def test_video_shared_by_episodes(root: Path, tmp_path: Path) -> None:
     write_video(v30 / "videos/image/chunk-000/file-000.mp4", frames[:9])
     with pytest.raises(LeRobotError, match=r"file-000.mp4: image of episode 1, frame 6 .*the nearest is 0.8 s"):
         open_set(v30).image("base_0_rgb", 11)
-
-
-def test_video_without_a_decoder_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusevla.data.video import read_frame
-
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match="pip install av"):
-        read_frame(root / "x.mp4", 0.0, 10.0)
 
 
 def test_reading_imports_neither_torch_nor_lerobot(root: Path) -> None:

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusevla.data.annotations import act_only_prefix, check_annotations, choose_thought, initial_content, load_annotations
+from fusevla.data.annotations import act_only_prefix, check_annotations, choose_thought, load_annotations
 from fusevla.data.lerobot import open_set
 from fusevla.data.normalize import load_norm_stats, normalize
+from fusevla.data.prompts import initial_content
 from fusevla.data.toy import (
     LOOK_FRAMES,
     RELATIONS,

@@ -1,0 +1,29 @@
+"""The strings that prompts and thoughts are made of, character for character as annotated: training and inference share them."""
+
+from collections.abc import Sequence
+
+__all__ = ["initial_content", "plan_thought", "with_instruction"]
+
+
+def initial_content(task: str) -> str:
+    """The prompt before the first thought, character for character as annotated (the spaces are in the data)."""
+    return with_instruction(task, "Plan: TBD.\n What I have done: TBD.\nNow I need to do: TBD.\n")
+
+
+def with_instruction(task: str, thought: str) -> str:
+    """The prompt after a thought: the instruction, then the thought as the model wrote it."""
+    return f"Instruction: {task}. \n{thought}"
+
+
+def plan_thought(plans: Sequence[str], done: int) -> str:
+    """The thought of an episode with these plans of which the first ``done`` are finished.
+
+    Raises:
+        ValueError: no plan, or more of them done than there are.
+    """
+    if not 0 <= done <= len(plans) or not plans:
+        raise ValueError(f"plan_thought: expected plans and 0 <= done <= {len(plans)}, got {list(plans)} and {done}")
+    numbered = [f"{number}. {plan}" for number, plan in enumerate(plans, 1)]
+    finished = "\n".join(numbered[:done]) or "Nothing."
+    now = plans[done] if done < len(plans) else "Nothing. Task complete."
+    return "Plan: " + "\n".join(numbered) + f"\n What I have done: {finished}\nNow I need to do: {now}\n"
