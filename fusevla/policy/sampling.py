@@ -104,11 +104,18 @@ def append_token(model: Pi0Fuse, state: Prefilled, token: Int[Array, " b"], pres
 
 
 def reason(
-    model: Pi0Fuse, state: Prefilled, max_new_tokens: int = MAX_NEW_TOKENS, *, key: Key | None = None, temperature: float = 0.0
+    model: Pi0Fuse,
+    state: Prefilled,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    *,
+    key: Key | None = None,
+    temperature: float = 0.0,
+    active: Bool[Array, " b"] | None = None,
 ) -> tuple[Reasoned, Prefilled]:
     """Decodes a thought for every sample: BEGIN_OF_REASONING forced first, protocol tokens never inside the text.
 
     Greedy at temperature 0, else sampled with ``key``. Each sample stops at its own EOS; the loop ends when all have.
+    Samples that are not ``active`` (default: all are) write nothing but PAD, stay as they were, and are waited for by nobody.
     ``max_new_tokens`` counts BEGIN_OF_REASONING and must fit the cache's reserve.
     """
     if max_new_tokens > state.reserve:
@@ -126,11 +133,12 @@ def reason(
     def decode(carry: Decoding) -> Decoding:
         step, done, out, state = carry
         choice = _choose(state.logits + blocked[None], keys[step], temperature)
-        token = jnp.where(step == 0, ids.bor, jnp.where(done, ids.pad, choice)).astype(jnp.int32)
+        token = jnp.where(done, ids.pad, jnp.where(step == 0, ids.bor, choice)).astype(jnp.int32)
         state = append_token(model, state, token, jnp.logical_not(done))
         return step + 1, done | (token == ids.eos), out.at[:, step].set(token), state
 
-    start = (jnp.int32(0), jnp.zeros(batch, bool), out, state)
+    idle = jnp.zeros(batch, bool) if active is None else jnp.logical_not(active)
+    start = (jnp.int32(0), idle, out, state)
     _, done, out, state = jax.lax.while_loop(unfinished, decode, start)
     return Reasoned(out, jnp.sum(out != ids.pad, axis=1, dtype=jnp.int32), done), state
 
