@@ -1,8 +1,13 @@
 """The strings that prompts and thoughts are made of, character for character as annotated: training and inference share them."""
 
+import dataclasses
+import re
 from collections.abc import Sequence
 
-__all__ = ["initial_content", "plan_thought", "with_instruction"]
+__all__ = ["ParsedThought", "initial_content", "parse_thought", "plan_thought", "with_instruction"]
+
+_THOUGHT = re.compile(r"Plan: (?P<plans>.*)\n What I have done: (?P<done>.*)\nNow I need to do: (?P<now>[^\n]*)\n?", re.DOTALL)
+_NUMBERED = re.compile(r"^\d+\. (.+)$", re.MULTILINE)
 
 
 def initial_content(task: str) -> str:
@@ -27,3 +32,22 @@ def plan_thought(plans: Sequence[str], done: int) -> str:
     finished = "\n".join(numbered[:done]) or "Nothing."
     now = plans[done] if done < len(plans) else "Nothing. Task complete."
     return "Plan: " + "\n".join(numbered) + f"\n What I have done: {finished}\nNow I need to do: {now}\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedThought:
+    """What a thought says: all plans, those it takes for done, and the one that is due (None: the task is complete)."""
+
+    plans: tuple[str, ...]
+    done: tuple[str, ...]
+    now: str | None
+
+
+def parse_thought(text: str) -> ParsedThought | None:
+    """The inverse of ``plan_thought``, for text that a model wrote; None where it has not the three parts of a thought."""
+    parts = _THOUGHT.fullmatch(text)
+    if parts is None:
+        return None
+    plans, done = (tuple(_NUMBERED.findall(parts[name])) for name in ("plans", "done"))
+    now = None if parts["now"].startswith("Nothing") else parts["now"].strip()
+    return ParsedThought(plans, done, now) if plans and now != "" else None
