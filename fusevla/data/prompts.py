@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 __all__ = ["ParsedThought", "initial_content", "parse_thought", "plan_thought", "with_instruction"]
 
-_THOUGHT = re.compile(r"Plan: (?P<plans>.*)\n What I have done: (?P<done>.*)\nNow I need to do: (?P<now>[^\n]*)\n?", re.DOTALL)
+_THOUGHT = re.compile(
+    r"Plan: (?P<plans>\d+\. [^\n]+(?:\n\d+\. [^\n]+)*)"
+    r"\n What I have done: (?P<done>[^\n]+(?:\n(?!Now I need to do:)[^\n]+)*)"
+    r"\nNow I need to do: (?P<now>[^\n]+)\n?"
+)
 _NUMBERED = re.compile(r"^\d+\. (.+)$", re.MULTILINE)
 
 
@@ -49,5 +53,4 @@ def parse_thought(text: str) -> ParsedThought | None:
     if parts is None:
         return None
     plans, done = (tuple(_NUMBERED.findall(parts[name])) for name in ("plans", "done"))
-    now = None if parts["now"].startswith("Nothing") else parts["now"].strip()
-    return ParsedThought(plans, done, now) if plans and now != "" else None
+    return ParsedThought(plans, done, None if parts["now"].startswith("Nothing.") else parts["now"])
