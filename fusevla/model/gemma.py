@@ -4,7 +4,8 @@ In every layer each expert projects its own tokens, queries, keys and values are
 attention runs once, and each expert projects its own part back. Layers are stacked on axis 0 and scanned.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -12,7 +13,17 @@ import jax.numpy as jnp
 
 from fusevla.arrays import Array, Bool, Float, Int, Key
 from fusevla.model.attention import Implementation, attention
-from fusevla.model.layers import AdaRMSNorm, Dense, Einsum, RMSNorm, checkpointed, gated_residual, lecun_normal
+from fusevla.model.layers import (
+    AdaRMSNorm,
+    Dense,
+    Einsum,
+    ModulatedNorm,
+    Norm,
+    RMSNorm,
+    checkpointed,
+    gated_residual,
+    lecun_normal,
+)
 from fusevla.model.rope import apply_rope
 from fusevla.presets import ExpertConfig, Remat
 
@@ -20,11 +31,11 @@ from fusevla.presets import ExpertConfig, Remat
 class ExpertLayer(eqx.Module):
     """One expert's share of a transformer block. ``kv`` holds keys at index 0, values at 1; ``gating`` the gelu branch at 0."""
 
-    pre_attention_norm: RMSNorm | AdaRMSNorm
+    pre_attention_norm: Norm
     q: Einsum
     kv: Einsum
     out: Einsum
-    pre_ffw_norm: RMSNorm | AdaRMSNorm
+    pre_ffw_norm: Norm
     gating: Einsum
     linear: Einsum
 
@@ -38,7 +49,30 @@ class Expert(eqx.Module):
     """A stack of layers and the final norm."""
 
     layers: ExpertLayer
-    final_norm: RMSNorm | AdaRMSNorm
+    final_norm: Norm
+
+
+class Modulations(eqx.Module):
+    """Every norm of the action expert at a flow time: what the time does to it, as values."""
+
+    pre_attention_norm: ModulatedNorm
+    pre_ffw_norm: ModulatedNorm
+    final_norm: ModulatedNorm
+
+
+def modulations_at(expert: Expert, cond: Float[Array, "b r c"]) -> Modulations:
+    """Evaluates the adaptive norms of every layer for a condition in the compute dtype."""
+    every_layer = jax.vmap(lambda norm: norm.at(cond))
+    layers = expert.layers
+    return Modulations(
+        every_layer(layers.pre_attention_norm), every_layer(layers.pre_ffw_norm), cast(AdaRMSNorm, expert.final_norm).at(cond)
+    )
+
+
+def with_modulations(expert: Expert, known: Modulations) -> Expert:
+    """The expert at the flow time of ``known``: a condition given to it means nothing."""
+    layers = dataclasses.replace(expert.layers, pre_attention_norm=known.pre_attention_norm, pre_ffw_norm=known.pre_ffw_norm)
+    return Expert(layers, known.final_norm)
 
 
 class KVCache(eqx.Module):
@@ -131,7 +165,7 @@ def init_expert(config: ExpertConfig, cond_width: int | None, key: Key) -> Exper
     return Expert(layers, _init_norm(config.width, cond_width))
 
 
-def _init_norm(width: int, cond_width: int | None) -> RMSNorm | AdaRMSNorm:
+def _init_norm(width: int, cond_width: int | None) -> Norm:
     if cond_width is None:
         return RMSNorm(jnp.zeros(width))
     bias = jnp.concatenate([jnp.zeros(2 * width), jnp.ones(width)])

@@ -102,10 +102,31 @@ class RMSNorm(eqx.Module):
         return (normed * (1 + like(self.scale, normed))).astype(x.dtype), None
 
 
+class ModulatedNorm(eqx.Module):
+    """RMSNorm with a scale, a shift and a gate given as values: an ``AdaRMSNorm`` at flow times that are known already."""
+
+    values: Float[Array, "*layers b r c"]
+    """Scale, shift and gate side by side, for each of r equal blocks of tokens; b is 1 where all samples share them."""
+
+    def __call__(
+        self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"] | None = None
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
+        """Returns (modulated x, gate); ``cond`` means nothing here."""
+        per_token = jnp.repeat(self.values, x.shape[1] // self.values.shape[1], axis=1)
+        shared = jnp.broadcast_to(per_token, (*x.shape[:2], per_token.shape[2]))
+        scale, shift, gate = jnp.split(shared, 3, axis=-1)
+        normed = rms_normalize(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+        return normed.astype(x.dtype), gate
+
+
 class AdaRMSNorm(eqx.Module):
     """RMSNorm whose scale, shift and gate are a linear map of the flow time's embedding (pi0.5; DiT's adaLN)."""
 
     modulation: Dense
+
+    def at(self, cond: Float[Array, "b r c"]) -> ModulatedNorm:
+        """The norm at one time: what ``cond`` (in the compute dtype) makes of it."""
+        return ModulatedNorm(self.modulation(cond))
 
     def __call__(
         self, x: Float[Array, "b s d"], cond: Float[Array, "b r c"] | None
@@ -113,11 +134,11 @@ class AdaRMSNorm(eqx.Module):
         """Returns (modulated x, gate). The s tokens are r equal blocks, one for each condition."""
         if cond is None:
             raise ValueError("AdaRMSNorm needs the embedding of the flow time")
-        per_block = self.modulation(cond.astype(x.dtype))
-        per_token = jnp.repeat(per_block, x.shape[1] // cond.shape[1], axis=1)
-        scale, shift, gate = jnp.split(per_token, 3, axis=-1)
-        normed = rms_normalize(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
-        return normed.astype(x.dtype), gate
+        return self.at(cond.astype(x.dtype))(x)
+
+
+Norm = RMSNorm | AdaRMSNorm | ModulatedNorm
+"""Called alike: ``norm(x, cond) -> (normalised x, gate or None)``."""
 
 
 def gated_residual(

@@ -4,16 +4,17 @@ Slots of the cache are common to a batch (prefix first, then what is appended); 
 so that every sample of a mixed batch gives what it gives alone.
 """
 
-from functools import partial
+import dataclasses
 from typing import cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fusevla.arrays import Array, Bool, Float, Int, Key, Observation
-from fusevla.model.fuse import Pi0Fuse, Prefix, embed_actions, embed_prefix, velocity
-from fusevla.model.gemma import KVCache, Stream, transformer
+from fusevla.model.fuse import Pi0Fuse, Prefix, embed_actions, embed_prefix, embed_time, velocity
+from fusevla.model.gemma import KVCache, Modulations, Stream, modulations_at, transformer, with_modulations
 from fusevla.model.masks import attention_mask, blocks_after_cache, positions, prefix_of
 from fusevla.tokens.protocol import protocol_ids
 
@@ -149,12 +150,17 @@ def _choose(logits: Float[Array, "b v"], key: Key, temperature: float) -> Int[Ar
     return jax.random.categorical(key, logits / temperature, axis=-1)
 
 
-def act(model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], num_steps: int = 10) -> Float[Array, "b r h a"]:
-    """Appends BEGIN_OF_ACTION and denoises r candidate chunks per sample, blind to each other, from one prefill."""
+def act(
+    model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], num_steps: int = 10, times: Modulations | None = None
+) -> Float[Array, "b r h a"]:
+    """Appends BEGIN_OF_ACTION and denoises r candidate chunks per sample, blind to each other, from one prefill.
+
+    ``times`` is ``euler_times(model, num_steps)``, where it is kept from call to call.
+    """
     ids = protocol_ids(model.config.vocab_size)
     batch = state.length.shape[0]
     begin = jnp.full(batch, ids.boa, jnp.int32)
-    return denoise(model, append_token(model, state, begin, jnp.ones(batch, bool)), noise, num_steps)
+    return denoise(model, append_token(model, state, begin, jnp.ones(batch, bool)), noise, num_steps, times)
 
 
 def sample_actions(
@@ -164,14 +170,32 @@ def sample_actions(
     return denoise(model, _encode(model, embed_prefix(model, observation), 0), noise, num_steps)
 
 
-def denoise(model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], num_steps: int) -> Float[Array, "b r h a"]:
+def euler_times(model: Pi0Fuse, num_steps: int = 10) -> Modulations:
+    """What the flow time does to the action expert at each Euler step (a leading axis of steps): a function of weights alone."""
+    # one addition after the other, as the loop's own time: the fastest sinusoid turns by 1e-4 in a float32's last bit
+    times = np.cumsum(np.array([1.0] + [-1.0 / num_steps] * (num_steps - 1), np.float32))
+
+    def at(time: jax.Array) -> Modulations:
+        return modulations_at(model.action, embed_time(model, time[None, None]).astype(model.config.dtype))
+
+    return jax.vmap(at)(jnp.asarray(times))
+
+
+def denoise(
+    model: Pi0Fuse, state: Prefilled, noise: Float[Array, "b r h a"], num_steps: int, times: Modulations | None = None
+) -> Float[Array, "b r h a"]:
     """Euler from t=1 (noise) to t=0 with dt = -1/num_steps; the action blocks get cache slots of their own."""
     room = noise.shape[1] * noise.shape[2]
     state = eqx.tree_at(
         lambda s: (s.cache, s.valid), state, (_grown(state.cache, room), jnp.pad(state.valid, ((0, 0), (0, room))))
     )
-    step = partial(_euler_step, model, state, -1.0 / num_steps)
-    (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
+
+    def step(carry: tuple[Array, Array], now: Modulations) -> tuple[tuple[Array, Array], None]:
+        at_time = dataclasses.replace(model, action=with_modulations(model.action, now))
+        return _euler_step(at_time, state, -1.0 / num_steps, carry, None)
+
+    known = euler_times(model, num_steps) if times is None else times
+    (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), known, length=num_steps)
     return actions
 
 

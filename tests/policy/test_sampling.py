@@ -7,8 +7,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusevla.policy.sampling import Prefilled, Reasoned, prefill, reason
+from fusevla.policy.sampling import Prefilled, Reasoned, _euler_step, denoise, euler_times, prefill, reason
 from fusevla.tokens.protocol import protocol_ids
+from tests.golden_set import F32, relative_error
 from tests.tiny import VOCAB, tiny_batch, tiny_model
 
 IDS = protocol_ids(VOCAB)
@@ -74,3 +75,22 @@ def test_the_loop_ends_with_the_last_active_sample():
     assert int(nobody.used) == int(STATE.used)
     written, after = think(STOPPING, STATE, None)
     assert int(after.used - STATE.used) == int(jnp.max(written.length)) > 4
+
+
+def test_flow_times_known_beforehand_are_those_of_the_loop():
+    noise = jax.random.normal(jax.random.key(0), (4, 2, 4, 5))
+    times = jax.jit(euler_times, static_argnums=1)(MODEL, 5)
+    ours = jax.jit(denoise, static_argnums=3)(MODEL, STATE, noise, 5)
+    np.testing.assert_array_equal(jax.jit(denoise, static_argnums=3)(MODEL, STATE, noise, 5, times), ours)
+    carry, dt = (noise, jnp.float32(1.0)), -1.0 / 5
+    room = noise.shape[1] * noise.shape[2]
+    grown = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+    state = eqx.tree_at(
+        lambda s: (s.cache.key, s.cache.value, s.valid),
+        STATE,
+        (jnp.pad(STATE.cache.key, grown), jnp.pad(STATE.cache.value, grown), jnp.pad(STATE.valid, ((0, 0), (0, room)))),
+    )
+    step = jax.jit(lambda carry: _euler_step(MODEL, state, dt, carry, None)[0])
+    for _ in range(5):  # each step embeds its own time, as training does
+        carry = step(carry)
+    assert relative_error(ours, carry[0]) <= F32
