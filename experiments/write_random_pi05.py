@@ -61,8 +61,8 @@ def write(args: Args) -> Path:
     from jax.numpy import dtype
 
     from fusevla.model.fuse import abstract
-    from fusevla.model.openpi_names import entries, without_lora
-    from fusevla.presets import PI05, TINY
+    from fusevla.model.openpi_names import entries
+    from fusevla.presets import PI05, TINY, without_lora
 
     config = PI05 if args.model == "full" else TINY
     tree: dict[str, Any] = {}

@@ -80,6 +80,15 @@ class ModelConfig:
     remat: Remat = "full"
 
 
+def without_lora(config: ModelConfig) -> ModelConfig:
+    """The same sizes with no adapters: what the published base checkpoint holds."""
+    return dataclasses.replace(
+        config,
+        language=dataclasses.replace(config.language, lora=None),
+        action=dataclasses.replace(config.action, lora=None),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which frames, which cameras, which texts."""

@@ -11,10 +11,10 @@ from fusevla.arrays import Array, Bool, Float, Key, Observation
 from fusevla.model.attention import Implementation
 from fusevla.model.gemma import Expert, Stream, init_expert, transformer
 from fusevla.model.layers import Dense, Embedder, lecun_normal
-from fusevla.model.lora import attach_lora
+from fusevla.model.lora import attach_lora, merge_adapters
 from fusevla.model.masks import with_action_blocks
 from fusevla.model.siglip import SigLIP, init_dense, init_siglip
-from fusevla.presets import ModelConfig
+from fusevla.presets import ModelConfig, without_lora
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 
@@ -68,6 +68,19 @@ def with_lora(model: Pi0Fuse, config: ModelConfig, key: Key) -> Pi0Fuse:
         language=attach_lora(model.language, config.language.lora, language_key),
         action=attach_lora(model.action, config.action.lora, action_key),
         config=config,
+    )
+
+
+def merge_lora(model: Pi0Fuse) -> Pi0Fuse:
+    """The model for inference: adapters added to their weights and gone, so that every call has fewer matrix products.
+
+    The same function up to rounding; weights keep their dtype. Training cannot go on from it.
+    """
+    return dataclasses.replace(
+        model,
+        language=merge_adapters(model.language),
+        action=merge_adapters(model.action),
+        config=without_lora(model.config),
     )
 
 

@@ -1,7 +1,8 @@
 """Low-rank adapters: put on, taken off, merged (Hu et al. 2021; rsLoRA: Kalajdzievski 2023)."""
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def attach_lora(expert: Expert, config: LoraConfig | None, key: Key) -> Expert:
     return expert
 
 
-def merge_lora(expert: Expert) -> Expert:
+def merge_adapters(expert: Expert) -> Expert:
     """Adds each adapter's update to its weight and takes the adapter off: the same function, fewer matrix products.
 
     The update is ``scale * A B``. The output projection sums over heads in A and again in B, so there every head's A meets
@@ -43,7 +44,8 @@ def merge_lora(expert: Expert) -> Expert:
     for name in (*ATTENTION, *FEED_FORWARD):
         part: Einsum = getattr(expert.layers, name)
         if part.adapter is not None:
-            expert = _replaced(expert, name, Einsum(_merged(part.weight, part.adapter, name == "out")))
+            layer = partial(_merged, sums_heads=name == "out")  # one at a time: float32 copies of all would double the memory
+            expert = _replaced(expert, name, Einsum(jax.lax.map(layer, part)))
     return expert
 
 
@@ -64,7 +66,10 @@ def _replaced(expert: Expert, name: str, part: Einsum) -> Expert:
     return dataclasses.replace(expert, layers=dataclasses.replace(expert.layers, **changes))
 
 
-def _merged(weight: Array, adapter: LowRank, sums_heads: bool) -> Array:
-    b = jnp.broadcast_to(jnp.sum(adapter.b, axis=-3, keepdims=True), adapter.b.shape) if sums_heads else adapter.b
-    update = adapter.scale * jnp.einsum("...ir,...ro->...io", adapter.a.astype(jnp.float32), b.astype(jnp.float32))
-    return (weight.astype(jnp.float32) + update).astype(weight.dtype)
+def _merged(part: Einsum, sums_heads: bool) -> Array:
+    """One layer's weight with its update, multiplied out in full float32 (GPUs would take TF32 unasked)."""
+    adapter = cast(LowRank, part.adapter)
+    a, b = adapter.a.astype(jnp.float32), adapter.b.astype(jnp.float32)
+    b = jnp.broadcast_to(jnp.sum(b, axis=-3, keepdims=True), b.shape) if sums_heads else b
+    update = adapter.scale * jnp.matmul(a, b, precision="highest")
+    return (part.weight.astype(jnp.float32) + update).astype(part.weight.dtype)

@@ -179,15 +179,6 @@ def _infer_expert(shapes: Mapping[str, tuple[int, ...]], suffix: str) -> ExpertC
     return ExpertConfig(width, depth, mlp, heads, kv[2] if kv else heads, head_dim, lora)
 
 
-def without_lora(config: ModelConfig) -> ModelConfig:
-    """The same sizes with no adapters: what the published base checkpoint holds."""
-    return dataclasses.replace(
-        config,
-        language=dataclasses.replace(config.language, lora=None),
-        action=dataclasses.replace(config.action, lora=None),
-    )
-
-
 def _stored_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     """A leaf's own shape; q [layers, heads, ...] and kv [layers, 2, heads, ...] joined are [layers, 3, heads, ...]."""
     return shapes[0] if len(shapes) == 1 else (shapes[0][0], 3, *shapes[0][1:])

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from fusevla.model.fetch import find_params
 from fusevla.model.fuse import abstract
 from fusevla.model.openpi import CheckpointError, load_params, make_plan, read_metadata, save_params
-from fusevla.model.openpi_names import entries, infer_config, leaves_by_name, name_table, without_lora
-from fusevla.presets import PI05, LoraConfig, ModelConfig
+from fusevla.model.openpi_names import entries, infer_config, leaves_by_name, name_table
+from fusevla.presets import PI05, LoraConfig, ModelConfig, without_lora
 from fusevla.train.freeze import dtype_spec
 
 GOLDEN = Path(os.environ.get("FUSEVLA_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
