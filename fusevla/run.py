@@ -300,3 +300,13 @@ def load_policy(checkpoints: str | Path, step: int | None = None) -> tuple[Pi0Fu
     state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
     model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))
     return jax.tree.map(jnp.asarray, model), info
+
+
+def load_base(resolved: Resolved) -> tuple[Pi0Fuse, RunInfo]:
+    """The model that a run of this request would begin with, and its info: what fine-tuning is compared with.
+
+    Raises what a new run raises.
+    """
+    material, mesh = _prepared(resolved.preset, resolved.tokenizer), make_mesh(jax.devices()[:1])
+    trainable, frozen = make_model(material.preset, resolved.weights, mesh)
+    return combine(trainable, frozen), run_info(material, base_of(frozen, resolved.weights), versions())

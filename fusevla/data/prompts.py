@@ -4,8 +4,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-__all__ = ["ParsedThought", "initial_content", "parse_thought", "plan_thought", "with_instruction"]
+__all__ = ["DUE", "ParsedThought", "initial_content", "parse_thought", "plan_thought", "with_instruction"]
 
+DUE = "Now I need to do: "
+"""How the last line of a thought begins."""
 _THOUGHT = re.compile(
     r"Plan: (?P<plans>\d+\. [^\n]+(?:\n\d+\. [^\n]+)*)"
     r"\n What I have done: (?P<done>[^\n]+(?:\n(?!Now I need to do:)[^\n]+)*)"
@@ -35,7 +37,7 @@ def plan_thought(plans: Sequence[str], done: int) -> str:
     numbered = [f"{number}. {plan}" for number, plan in enumerate(plans, 1)]
     finished = "\n".join(numbered[:done]) or "Nothing."
     now = plans[done] if done < len(plans) else "Nothing. Task complete."
-    return "Plan: " + "\n".join(numbered) + f"\n What I have done: {finished}\nNow I need to do: {now}\n"
+    return "Plan: " + "\n".join(numbered) + f"\n What I have done: {finished}\n{DUE}{now}\n"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from fusevla.presets import Preset
 from fusevla.tokens.tokenizer import Tokenizer
 from fusevla.train.checkpoint import RunInfo
 
-__all__ = ["Policy", "Query", "Reply", "policy_of"]
+__all__ = ["Answers", "Policy", "Query", "Reply", "policy_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,17 @@ class Reply:
     agent: Agent
     thought: str | None = None
     actions: Float[np.ndarray, "h a"] | None = None
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """Whatever answers a round of queries, at most ``batch_size`` of them: a ``Policy``, or a script in its place."""
+
+    batch_size: int
+
+    def __call__(self, queries: Sequence[Query]) -> list[Reply]:
+        """One reply for each query, in order."""
+        ...
 
 
 class Policy:

@@ -1,0 +1,175 @@
+"""The toy world in closed loop: the environment, an expert behind a policy's interface, its figures, pages and films."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusevla.data.prompts import parse_thought, plan_thought
+from fusevla.data.toy import expert, subgoal
+from fusevla.data.toy_world import COLORS
+from fusevla.evaluate.closed_loop_report import write_page
+from fusevla.evaluate.film import caption, write_film
+from fusevla.evaluate.toy_env import MAX_STEPS, ToyEnv
+from fusevla.evaluate.toy_figures import relation_of, summarize, swap_figures, wilson
+from fusevla.evaluate.toy_rollout import EXECUTED, Outcome, play, swapped_thought
+from fusevla.policy.policy import Query, Reply
+
+SEEDS = range(40, 46)
+
+
+class Expert:
+    """Does what its thought says, with a world of its own that it moves along: a policy that sees perfectly."""
+
+    def __init__(self, batch_size: int, wrong: bool = False) -> None:
+        self.batch_size, self.wrong = batch_size, wrong
+        self.worlds: dict[int, ToyEnv] = {}
+
+    def __call__(self, queries: Sequence[Query]) -> list[Reply]:
+        return [self.answer(query) for query in queries]
+
+    def answer(self, query: Query) -> Reply:
+        seed = query.seed[0]
+        if query.agent.queries == 0:
+            self.worlds[seed] = ToyEnv()
+            self.worlds[seed].reset(seed=seed)
+        env = self.worlds[seed]
+        info = env._info()
+        thought = parse_thought(query.agent.thought or "")
+        if thought is None or len(thought.done) != info["placed"]:
+            plans = info["plans"][::-1] if self.wrong else info["plans"]
+            text = plan_thought(plans, info["placed"])
+            return Reply(query.agent.after_thought(text, True), thought=text)
+        target = [subgoal(color) for color in info["colors"]].index(thought.now)
+        actions = []
+        for _ in range(EXECUTED):
+            actions.append(expert(env._world, target))
+            env.step(actions[-1])
+        return Reply(query.agent.after_action(), actions=np.array([*actions, *actions], np.float32))
+
+
+def test_gymnasium_finds_nothing_wrong() -> None:
+    check_env(ToyEnv(), skip_render_check=True)
+
+
+def test_an_expert_earns_the_reward_and_a_wrong_block_ends_the_episode() -> None:
+    for order, reward in ((1, 1.0), (-1, 0.0)):
+        env = ToyEnv()
+        _, info = env.reset(seed=3)
+        total = 0.0
+        for block in env._plan[::order]:
+            over = False
+            while block not in env._world.placed and not over:
+                _, earned, over, truncated, info = env.step(expert(env._world, block))
+                total += earned
+                assert not truncated
+            if over:
+                break
+        assert (over, total) == (True, reward)
+        assert info["placed"] == (2 if reward else 1)
+
+
+def test_waiting_is_cut_off_and_nonsense_refused() -> None:
+    env = ToyEnv()
+    env.reset(seed=0)
+    ends = [env.step(np.array([0.0, 0.0, -1.0]))[2:4] for _ in range(MAX_STEPS)]
+    assert ends == [(False, False)] * (MAX_STEPS - 1) + [(False, True)]
+    with pytest.raises(ValueError, match="3 finite numbers expected"):
+        env.step(np.array([np.nan, 0.0, 0.0]))
+
+
+def comparable(outcome: Outcome) -> Outcome:
+    return dataclasses.replace(outcome, frames=[])
+
+
+def test_a_perfect_policy_is_perfect_however_many_tables_are_played_at_once() -> None:
+    alone = play(Expert(1), SEEDS, record=1)
+    together = play(Expert(4), SEEDS)
+    assert [comparable(o) for o in alone] == together
+    figures = summarize(together)
+    assert (figures["success"], figures["thought_accuracy"], figures["thought_exact"], figures["faithfulness"]) == (1, 1, 1, 1)
+    assert figures["thoughts"] == 2 * len(SEEDS)
+    assert figures["decisions"]["reason due"] == {"reason": 2 * len(SEEDS), "act": 0}
+    assert figures["decisions"]["act due"]["reason"] == 0
+    assert len(alone[0].frames) == alone[0].steps + 1
+    assert not any(outcome.frames for outcome in alone[1:])
+
+
+def test_true_to_a_wrong_thought_is_faithful_and_fails() -> None:
+    figures = summarize(play(Expert(3, wrong=True), SEEDS))
+    assert (figures["success"], figures["thought_accuracy"], figures["faithfulness"]) == (0, 0, 1)
+    assert figures["success_interval"][0] == 0
+
+
+@pytest.mark.parametrize("swap", ["plan", "due"])
+def test_an_obedient_policy_takes_the_block_of_the_swapped_thought(swap) -> None:
+    found = swap_figures(play(Expert(3), SEEDS, swap=swap))
+    assert (found["episodes"], found["obeys_thought"], found["follows_instruction"]) == (len(SEEDS), 1, 0)
+    assert swap_figures([])["obeys_thought"] is None
+
+
+@given(st.permutations(list(COLORS)), st.integers(0, 1), st.integers(0, 99))
+def test_a_swapped_thought_is_a_thought_about_another_block_that_is_there(colors, done, seed) -> None:
+    plans = [subgoal(color) for color in colors[:2]]
+    text = plan_thought(plans, done)
+    for swap in ("plan", "due"):
+        swapped, other = swapped_thought(text, colors[:3], swap, seed)
+        thought = parse_thought(swapped)
+        assert thought is not None
+        assert thought.now == other != plans[done]
+        assert other in {subgoal(color) for color in colors[:3]} - set(plans[:done])
+        assert thought.done == tuple(plans[:done])
+        assert (thought.plans == tuple(plans)) == (swap == "due")
+    with pytest.raises(ValueError, match="expected a thought with something due"):
+        swapped_thought(plan_thought(plans, 2), colors[:3], "plan", seed)
+
+
+def test_wilson_intervals() -> None:
+    np.testing.assert_allclose(wilson(8, 10), (0.4901625, 0.9433178), atol=1e-6)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 50)[0] == 0.0
+    assert wilson(50, 50)[1] == pytest.approx(1.0)
+
+
+@given(st.integers(1, 500), st.data())
+def test_intervals_hold_the_share(trials: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, trials))
+    low, high = wilson(count, trials)
+    assert 0 <= low <= count / trials + 1e-12
+    assert count / trials - 1e-12 <= high <= 1
+
+
+def test_relations_are_read_from_the_task() -> None:
+    assert [relation_of(f"put it in the tray{end}") for end in ("", " from left to right", " from top to bottom")] == [
+        "open", "left", "top",
+    ]  # fmt: skip
+
+
+def test_pages_escape_and_name_what_failed(tmp_path: Path) -> None:
+    bad = Outcome(7, task="<script>x</script>", grasps=[("put <b>", None)])
+    good = Outcome(8, task="fine", success=True)
+    figures = {"success": 0.5, "success_interval": (0.1, 0.9), "n": None}
+    write_page(tmp_path / "r.html", "toy", figures, {"a.mp4": good}, [bad, good])
+    page = (tmp_path / "r.html").read_text()
+    assert "<script>x" not in page
+    assert "&lt;script&gt;x" in page
+    assert "put &lt;b&gt; (none)" in page
+    assert "0.100 to 0.900" in page
+    assert page.count("<video") == 1
+
+
+def test_films_play(tmp_path: Path) -> None:
+    frames = [(np.full((60, 120, 3), 40 * i, np.uint8), f"Plan: {i}\n second line") for i in range(5)]
+    write_film(tmp_path / "f.mp4", frames, 10)
+    with av.open(str(tmp_path / "f.mp4")) as film:
+        seen = [frame.to_ndarray(format="rgb24") for frame in film.decode(film.streams.video[0])]
+    assert len(seen) == 5
+    assert seen[0].shape == caption(*frames[0]).shape
+    assert abs(int(seen[4][50, 50, 0]) - 160) < 8
+    assert not np.array_equal(caption(frames[0][0], ""), caption(*frames[0]))
