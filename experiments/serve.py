@@ -70,8 +70,9 @@ def check(args: Args) -> list[str]:
         wrong.append(f"--checkpoint: {args.checkpoint} is no folder; expected a training run's output")
     if not 0 <= args.port < 65536:
         wrong.append(f"--port: expected 0 to 65535, got {args.port}")
-    if args.token is not None and (not args.token.isascii() or not args.token.strip()):
-        wrong.append("--token: expected a text of ASCII characters, not empty")
+    token = args.token
+    if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
+        wrong.append("--token: expected ASCII characters without spaces, at least one")
     positive = ("batch", "max_connections", "max_request_mb", "queue", "timeout", "idle_timeout")
     wrong += [f"--{name.replace('_', '-')}: expected more than 0" for name in positive if getattr(args, name) <= 0]
     if args.gather_ms < 0:
