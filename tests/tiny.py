@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,3 +58,12 @@ def tiny_batch(valid: np.ndarray, ar: np.ndarray, seed: int = 0, cameras: tuple[
     actions = rng.normal(size=(size, 4, 5)).astype(np.float32)
     acts = rng.integers(0, 2, size).astype(bool)
     return jax.tree.map(jnp.asarray, Batch(observation, valid & ar, acts, actions, np.zeros((size, 4), bool)))
+
+
+def ending_with(model: Pi0Fuse, observation: Observation, word: int) -> tuple[Pi0Fuse, Observation]:
+    """The same model and prompts with two words' names exchanged: what was called ``word`` is EOS."""
+    eos, rename = protocol_ids(model.config.vocab_size).eos, np.arange(model.config.vocab_size)
+    rename[[word, eos]] = rename[[eos, word]]
+    renamed = eqx.tree_at(lambda m: m.embedder.table, model, model.embedder.table[rename])
+    tokens = jnp.asarray(rename[np.asarray(observation.tokens)], jnp.int32)
+    return renamed, eqx.tree_at(lambda o: o.tokens, observation, tokens)

@@ -5,6 +5,7 @@ so that every sample of a mixed batch gives what it gives alone.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import cast
 
 import equinox as eqx
@@ -22,6 +23,8 @@ MAX_NEW_TOKENS = 256
 NEVER = -1e30
 Decoding = tuple[jax.Array, jax.Array, jax.Array, "Prefilled"]
 """While text is decoded: step, which samples are done, tokens so far, state."""
+Score = Callable[[Observation, Float[Array, "b k h a"]], Float[Array, "b k"]]
+"""How good each candidate chunk is for what is seen (its text holds the thought); a pure function, higher is better."""
 
 
 class Prefilled(eqx.Module):
@@ -123,7 +126,6 @@ def reason(
         raise ValueError(f"reason: {max_new_tokens} new tokens do not fit the {state.reserve} slots that prefill reserved")
     batch = state.length.shape[0]
     ids = protocol_ids(model.config.vocab_size)
-    blocked = jnp.zeros(model.config.vocab_size).at[jnp.array([ids.bor, ids.boa, ids.eop])].set(NEVER)
     keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
     out = jnp.full((batch, max_new_tokens), ids.pad, jnp.int32)
 
@@ -133,21 +135,24 @@ def reason(
 
     def decode(carry: Decoding) -> Decoding:
         step, done, out, state = carry
-        choice = _choose(state.logits + blocked[None], keys[step], temperature)
-        token = jnp.where(done, ids.pad, jnp.where(step == 0, ids.bor, choice)).astype(jnp.int32)
+        choice = choose_token(state, keys[step], temperature)
+        token = jnp.where(done, ids.pad, jnp.where(step == 0, ids.bor, choice))
         state = append_token(model, state, token, jnp.logical_not(done))
         return step + 1, done | (token == ids.eos), out.at[:, step].set(token), state
 
     idle = jnp.zeros(batch, bool) if active is None else jnp.logical_not(active)
     start = (jnp.int32(0), idle, out, state)
-    _, done, out, state = jax.lax.while_loop(unfinished, decode, start)
-    return Reasoned(out, jnp.sum(out != ids.pad, axis=1, dtype=jnp.int32), done), state
+    _, done, out, after = jax.lax.while_loop(unfinished, decode, start)
+    return Reasoned(out, after.length - state.length, done), after
 
 
-def _choose(logits: Float[Array, "b v"], key: Key, temperature: float) -> Int[Array, " b"]:
+def choose_token(state: Prefilled, key: Key | None = None, temperature: float = 0.0) -> Int[Array, " b"]:
+    """The next token of a thought (int32), never a protocol token: the likeliest at temperature 0, else drawn with ``key``."""
+    ids = protocol_ids(state.logits.shape[1])
+    logits = jnp.asarray(state.logits).at[:, jnp.array(ids.protocol)].set(NEVER)
     if temperature == 0.0:
-        return jnp.argmax(logits, axis=-1)
-    return jax.random.categorical(key, logits / temperature, axis=-1)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(cast(Key, key), logits / temperature, axis=-1).astype(jnp.int32)
 
 
 def act(
@@ -161,6 +166,26 @@ def act(
     batch = state.length.shape[0]
     begin = jnp.full(batch, ids.boa, jnp.int32)
     return denoise(model, append_token(model, state, begin, jnp.ones(batch, bool)), noise, num_steps, times)
+
+
+def act_best(
+    model: Pi0Fuse,
+    state: Prefilled,
+    observation: Observation,
+    noise: Float[Array, "b k h a"],
+    score: Score,
+    num_steps: int = 10,
+    times: Modulations | None = None,
+) -> tuple[Float[Array, "b h a"], Float[Array, "b k"]]:
+    """Draws k candidate chunks from one prefill of ``observation`` and keeps, for each sample, the one that scores best.
+
+    The place for a runtime verifier, say of how well actions do what the thought says. Returns the chunks and all scores; the
+    first of equals wins, and NaN is worse than any number.
+    """
+    candidates = act(model, state, noise, num_steps, times)
+    scores = score(observation, candidates)
+    best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores), axis=1)
+    return jnp.take_along_axis(candidates, best[:, None, None, None], axis=1)[:, 0], scores
 
 
 def sample_actions(

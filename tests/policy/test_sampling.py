@@ -7,10 +7,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusevla.policy.sampling import Prefilled, Reasoned, _euler_step, denoise, euler_times, prefill, reason
+from fusevla.policy.sampling import Prefilled, Reasoned, _euler_step, act, act_best, denoise, euler_times, prefill, reason
 from fusevla.tokens.protocol import protocol_ids
 from tests.golden_set import F32, relative_error
-from tests.tiny import VOCAB, tiny_batch, tiny_model
+from tests.tiny import VOCAB, ending_with, tiny_batch, tiny_model
 
 IDS = protocol_ids(VOCAB)
 STEPS = 8
@@ -27,21 +27,11 @@ def prompts(batch: int = 4, text: int = 9, seed: int = 0):
     return tiny_batch(valid, np.zeros_like(valid), seed).observation
 
 
-def with_early_eos(observation, steps=STEPS):
-    """A model and prompts with renamed words: what sample 0 wrote as its fourth token is now called EOS."""
-    written, _ = think(MODEL, encode(MODEL, observation, steps), None)
-    word = int(written.tokens[0, 3])
-    rename = np.arange(VOCAB)
-    rename[[word, IDS.eos]] = rename[[IDS.eos, word]]
-    model = eqx.tree_at(lambda m: m.embedder.table, MODEL, MODEL.embedder.table[rename])
-    return model, eqx.tree_at(lambda o: o.tokens, observation, jnp.asarray(rename[np.asarray(observation.tokens)], jnp.int32))
-
-
 OBSERVATION = prompts()
-STOPPING, RENAMED = with_early_eos(OBSERVATION)
+WRITTEN_ALONE, _ = think(MODEL, encode(MODEL, OBSERVATION, STEPS), None)
+STOPPING, RENAMED = ending_with(MODEL, OBSERVATION, int(WRITTEN_ALONE.tokens[0, 3]))
+"""Sample 0 ends with its fourth token."""
 STATE = encode(STOPPING, RENAMED, STEPS + 1)
-
-
 READ_LATER = ("valid", "length", "hidden", "logits", "decision")
 WRITTEN = ("tokens", "length", "finished")
 
@@ -94,3 +84,19 @@ def test_flow_times_known_beforehand_are_those_of_the_loop():
     for _ in range(5):  # each step embeds its own time, as training does
         carry = step(carry)
     assert relative_error(ours, carry[0]) <= F32
+
+
+def test_the_best_candidate_of_each_sample_is_kept():
+    noise = jax.random.normal(jax.random.key(3), (4, 3, 4, 5))
+    candidates = jax.jit(act, static_argnums=3)(STOPPING, STATE, noise, 2)
+    wanted = np.array([2, 0, 1, 1])
+
+    def score(observation, chunks):  # near the chunk that is wanted; the others of sample 3 are NaN, two of sample 1 are equal
+        distance = jnp.sum(jnp.abs(chunks - candidates[jnp.arange(4), wanted][:, None]), axis=(2, 3))
+        scores = (-distance).at[1].set(jnp.array([1.0, 1.0, 0.0])) + 0.0 * observation.state[:, :1]
+        return scores.at[3].set(jnp.array([jnp.nan, -5.0, jnp.nan]))
+
+    choose = jax.jit(lambda model, state, seen, noise: act_best(model, state, seen, noise, score, 2))
+    best, scores = choose(STOPPING, STATE, RENAMED, noise)
+    np.testing.assert_array_equal(best, np.asarray(candidates)[np.arange(4), wanted])
+    assert scores.shape == (4, 3)
