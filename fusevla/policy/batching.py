@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,7 +30,8 @@ class Batcher:
 
     def __init__(self, policy: Answer, batch_size: int, *, queue_size: int = 64, gather_seconds: float = 0.002):
         """``gather_seconds``: how long a batch that is not full waits for more. A full queue lets ``ask`` wait."""
-        self.batches = self.answered = 0
+        self.passes = self.answered = 0
+        self.seconds = 0.0
         self._policy, self._batch_size, self._gather = policy, batch_size, gather_seconds
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(queue_size)
         self._thread = ThreadPoolExecutor(1, "policy")
@@ -67,8 +69,10 @@ class Batcher:
             batch = [waiting for waiting in await self._gathered() if not waiting.reply.done()]
             if not batch:
                 continue
+            began = time.perf_counter()
             answers = await loop.run_in_executor(self._thread, self._answers, [waiting.query for waiting in batch])
-            self.batches, self.answered = self.batches + 1, self.answered + len(batch)
+            self.passes, self.answered = self.passes + 1, self.answered + len(batch)
+            self.seconds += time.perf_counter() - began
             for waiting, answer in zip(batch, answers, strict=True):
                 _resolve(waiting.reply, answer)
 

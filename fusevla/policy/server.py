@@ -135,12 +135,14 @@ class PolicyServer:
             return True
         given = request.headers.get_all("Authorization")
         expected = f"Api-Key {self._options.token}".encode()
-        return len(given) == 1 and hmac.compare_digest(given[0].encode(), expected)
+        return len(given) == 1 and hmac.compare_digest(given[0].encode(errors="surrogateescape"), expected)
 
     def metrics(self) -> str:
         """Prometheus's text format."""
-        totals = {**self.counts, "batches": self._batcher.batches, "queries": self._batcher.answered}
-        gauges = {"connections": len(self._open), "queued_queries": self._batcher.queued}
+        batcher = self._batcher
+        passes = {"passes": batcher.passes, "pass_seconds": round(batcher.seconds, 3), "queries": batcher.answered}
+        totals = {**self.counts, **passes}
+        gauges = {"connections": len(self._open), "queued_queries": batcher.queued}
         lines = [f"# TYPE fusevla_{name}_total counter\nfusevla_{name}_total {value}" for name, value in sorted(totals.items())]
         lines += [f"# TYPE fusevla_{name} gauge\nfusevla_{name} {value}" for name, value in gauges.items()]
         return "\n".join(lines) + "\n"
@@ -149,6 +151,7 @@ class PolicyServer:
         """One client from its metadata to its end; nothing that happens here reaches another."""
         number = next(self._numbers)
         self.counts["connections"] += 1
+        LOG.info("client %d: connected from %s", number, connection.remote_address)
         self._open.add(connection)
         try:
             await self._converse(connection, Session((self._options.seed, number)))
@@ -163,6 +166,7 @@ class PolicyServer:
             await self._refuse(connection, number, "internal", "internal error")
         finally:
             self._open.discard(connection)
+            LOG.info("client %d: gone", number)
 
     async def _refuse(self, connection: ServerConnection, number: int, kind: str, message: str) -> None:
         self.counts[f"errors_{kind.lower()}"] += 1
@@ -218,8 +222,9 @@ class PolicyServer:
             return session.forgotten(), pack({"reset": True, "server_timing": dict(timing)})
         session, reply = await self._ask(connection, session, request)
         timing = {"infer_ms": 1000 * (time.perf_counter() - began), **timing}
-        shown = self._options.expose_thinking
-        return session, pack(thinking(reply, timing) if reply.actions is None else acted(reply, timing, shown))
+        if reply.actions is None:
+            return session, pack(thinking(reply, timing))
+        return session, pack(acted(reply, timing, self._options.expose_thinking))
 
     async def _ask(self, connection: ServerConnection, session: Session, request: Request) -> tuple[Session, Reply]:
         """Once where thoughts are shown, else until there are actions."""
@@ -228,6 +233,7 @@ class PolicyServer:
             reply = await self._batcher.ask(query)
             session = session.after(request, reply)
             self.counts["thoughts" if reply.actions is None else "actions"] += 1
+            self.counts["malformed_thoughts"] += reply.agent.malformed - query.agent.malformed
             if reply.actions is not None and not np.isfinite(reply.actions).all():
                 raise PolicyError("policy: actions that are not finite")
             if reply.actions is not None or self._options.expose_thinking:

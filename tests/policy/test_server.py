@@ -283,10 +283,11 @@ def test_the_token_guards_all_but_healthz() -> None:
                 assert (await robot.ask(observation()))["actions"].shape == (4, 2)
             assert await http(port, "/healthz") == ("HTTP/1.1 200 OK", "OK\n")
             assert (await http(port, "/metrics"))[0] == "HTTP/1.1 401 Unauthorized"
+            assert (await http(port, "/metrics", "Authorization: Api-Key s\u00e9same"))[0] == "HTTP/1.1 401 Unauthorized"
             status, body = await http(port, "/metrics", "Authorization: Api-Key sesame")
         assert status == "HTTP/1.1 200 OK"
         assert "# TYPE fusevla_actions_total counter\nfusevla_actions_total 1\n" in body
-        assert "fusevla_refused_token_total 4\n" in body
+        assert "fusevla_refused_token_total 5\n" in body
 
     asyncio.run(scenario())
 
