@@ -48,16 +48,17 @@ class Args:
 
 def load(args: Args) -> "Policy":
     """The policy to be judged. Raises ``CheckpointError`` or ``FileNotFoundError``."""
+    from fusevla.policy.load import load_base, load_policy
     from fusevla.policy.policy import policy_of
-    from fusevla.run import load_base, load_policy
+    from fusevla.train.material import make_toy_set
     from fusevla.train.request import Request, resolve
 
     if args.checkpoint == BASE:
-        model, info = load_base(resolve(Request(args.preset)))
+        resolved = resolve(Request(args.preset))
+        make_toy_set(Path(str(resolved.preset.data.data)))
+        model, info = load_base(resolved)
     else:
-        folder = Path(args.checkpoint).expanduser()
-        inside = folder / "checkpoints"
-        model, info = load_policy(inside if inside.is_dir() else folder, args.step)
+        model, info = load_policy(args.checkpoint, args.step)
     if info.preset.name != args.preset:
         raise ValueError(f"--checkpoint: expected a policy of preset {args.preset}, got one of {info.preset.name}")
     return policy_of(model, info, batch_size=min(args.batch, args.episodes), max_new_tokens=info.preset.data.max_token_len)

@@ -17,6 +17,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +45,7 @@ class Args:
     expose_thinking: bool = False
     """Answer with {isthinking, thought} when the policy thinks, instead of thinking until there are actions."""
     batch: int = 4
-    """Queries of different clients in one forward pass. Every pass costs as much as a full one."""
+    """Queries of different clients in one forward pass. A pass costs as much as a full one, except for a single query."""
     gather_ms: float = 2.0
     """How long a pass that is not full waits for more queries."""
     max_connections: int = 256
@@ -80,19 +81,19 @@ def check(args: Args) -> list[str]:
     return wrong
 
 
-def load(args: Args) -> "Policy":
-    """The policy of the checkpoint, compiled. Raises ``CheckpointError`` where that is no checkpoint."""
+def load(args: Args) -> list["Policy"]:
+    """The policy of the checkpoint, compiled for one query and for ``--batch``. Raises ``CheckpointError``."""
+    from fusevla.policy.load import load_policy
     from fusevla.policy.policy import policy_of
-    from fusevla.run import load_policy
 
-    inside = args.checkpoint / "checkpoints"
-    model, info = load_policy(inside if inside.is_dir() else args.checkpoint, args.step)
-    policy = policy_of(model, info, batch_size=args.batch)
-    if args.warm_up:
+    model, info = load_policy(args.checkpoint, args.step)
+    policies = [policy_of(model, info, batch_size=size) for size in sorted({1, args.batch})]
+    for policy in policies if args.warm_up else []:
         began = time.perf_counter()
-        lengths = warm_up(policy)
-        print(f"compiled for texts of up to {', '.join(map(str, lengths))} tokens in {time.perf_counter() - began:.1f} s")
-    return policy
+        lengths = ", ".join(map(str, warm_up(policy)))
+        took = time.perf_counter() - began
+        print(f"compiled a pass of {policy.batch_size} for texts of up to {lengths} tokens in {took:.1f} s", flush=True)
+    return policies
 
 
 def warm_up(policy: "Policy") -> list[int]:
@@ -123,8 +124,8 @@ def warm_up(policy: "Policy") -> list[int]:
     return done
 
 
-def make_server(args: Args, policy: "Policy") -> "PolicyServer":
-    """The server around it."""
+def make_server(args: Args, policies: Sequence["Policy"]) -> "PolicyServer":
+    """The server around them; a pass takes the first, and thus the smallest, that has room for its queries."""
     from fusevla.policy.messages import metadata, takes
     from fusevla.policy.server import Options, PolicyServer
 
@@ -141,10 +142,12 @@ def make_server(args: Args, policy: "Policy") -> "PolicyServer":
         idle_timeout=args.idle_timeout,
         seed=args.seed,
     )
-    return PolicyServer(policy, args.batch, takes(policy), metadata(policy, args.expose_thinking), options)
+    answer = lambda queries: next(policy for policy in policies if len(queries) <= policy.batch_size)(queries)
+    largest = policies[-1]
+    return PolicyServer(answer, largest.batch_size, takes(largest), metadata(largest, args.expose_thinking), options)
 
 
-async def serve(args: Args, policy: "Policy") -> None:
+async def serve(args: Args, policies: Sequence["Policy"]) -> None:
     """Until SIGINT or SIGTERM."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -158,7 +161,7 @@ async def serve(args: Args, policy: "Policy") -> None:
         loop.add_signal_handler(number, stop_once)
     if not is_loopback(args.host) and args.token is None:
         print(f"warning: anyone who reaches {args.host} may use this policy; give a --token", file=sys.stderr)
-    await make_server(args, policy).run(stop, lambda port: print(f"listening on ws://{args.host}:{port}", flush=True))
+    await make_server(args, policies).run(stop, lambda port: print(f"listening on ws://{args.host}:{port}", flush=True))
 
 
 def is_loopback(host: str) -> bool:
@@ -181,8 +184,7 @@ def main() -> None:
     from fusevla.model.fetch import CheckpointError
 
     try:
-        policy = load(args)
-        asyncio.run(serve(args, policy))
+        asyncio.run(serve(args, load(args)))
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -28,7 +27,7 @@ from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import Preset
 from fusevla.train.checkpoint import BaseWeights, Checkpoints, RunInfo, read_info, restore_state, save_frozen
 from fusevla.train.freeze import FreezeError, count_parameters
-from fusevla.train.job import abstract_trainable, base_of, combine, make_model, restore_frozen, run_info, training_key
+from fusevla.train.job import abstract_state, base_of, make_model, restore_frozen, run_info, training_key
 from fusevla.train.loop import JsonLines, NonFiniteError, Timing, fit, read_rows
 from fusevla.train.material import Material, prepare
 from fusevla.train.optim import make_optimizer
@@ -281,32 +280,3 @@ def resume_run(request: Request, out: Path, options: Options) -> Run:
     check_batch_size(info.preset.train.batch_size, mesh.size)
     state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
     return Run(out, material, info.base, mesh, state, restore_frozen(checkpoints, info, mesh), options)
-
-
-def abstract_state(preset: Preset) -> TrainState:
-    """Shapes of a run's state."""
-    ema, optimizer = preset.train.ema_decay is not None, make_optimizer(preset.train)
-    make = lambda trainable: init_state(trainable, optimizer, training_key(preset), ema)
-    return cast(TrainState, jax.eval_shape(make, abstract_trainable(preset)))
-
-
-def load_policy(checkpoints: str | Path, step: int | None = None) -> tuple[Pi0Fuse, RunInfo]:
-    """The trained model (the average where one was kept), its preset, tokenizer and statistics, from the folder alone.
-
-    Raises ``CheckpointError``.
-    """
-    checkpoints, mesh = Path(checkpoints), make_mesh(jax.devices()[:1])
-    info = read_info(checkpoints, step)
-    state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
-    model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))
-    return jax.tree.map(jnp.asarray, model), info
-
-
-def load_base(resolved: Resolved) -> tuple[Pi0Fuse, RunInfo]:
-    """The model that a run of this request would begin with, and its info: what fine-tuning is compared with.
-
-    Raises what a new run raises.
-    """
-    material, mesh = _prepared(resolved.preset, resolved.tokenizer), make_mesh(jax.devices()[:1])
-    trainable, frozen = make_model(material.preset, resolved.weights, mesh)
-    return combine(trainable, frozen), run_info(material, base_of(frozen, resolved.weights), versions())

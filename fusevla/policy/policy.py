@@ -132,7 +132,7 @@ def _reason(model: Pi0Fuse, state: sampling.Prefilled, active: Bool[Array, " b"]
 
 
 def policy_of(model: Pi0Fuse, info: RunInfo, *, batch_size: int = 1, max_new_tokens: int = sampling.MAX_NEW_TOKENS) -> Policy:
-    """The policy of a run's checkpoint (``fusevla.run.load_policy`` reads model and info)."""
+    """The policy of a run's checkpoint (``fusevla.policy.load`` reads model and info)."""
     tokenizer = Tokenizer(info.tokenizer, info.preset.model.vocab_size)
     stats = None if info.norm_stats is None else stats_from_json(info.norm_stats)
     return Policy(model, info.preset, tokenizer, stats, batch_size=batch_size, max_new_tokens=max_new_tokens)

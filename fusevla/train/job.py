@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -16,7 +17,9 @@ from fusevla.presets import Preset
 from fusevla.train.checkpoint import BaseWeights, RunInfo, fingerprint, load_frozen
 from fusevla.train.freeze import count_parameters, dtype_spec, partition
 from fusevla.train.material import Material
+from fusevla.train.optim import make_optimizer
 from fusevla.train.sharding import replicate, replicated
+from fusevla.train.state import TrainState, init_state
 
 STORE_BELOW = 256 * 2**20
 """Frozen leaves of fewer bytes are stored with the checkpoints, so that these stand alone."""
@@ -94,6 +97,13 @@ def restore_frozen(checkpoints: Path, info: RunInfo, mesh: Mesh) -> Pi0Fuse:
 def abstract_trainable(preset: Preset) -> Pi0Fuse:
     """Shapes of the trainable leaves."""
     return partition(fuse.abstract(preset.model), preset.train.freeze)[0]
+
+
+def abstract_state(preset: Preset) -> TrainState:
+    """Shapes of a run's state."""
+    ema, optimizer = preset.train.ema_decay is not None, make_optimizer(preset.train)
+    make = lambda trainable: init_state(trainable, optimizer, training_key(preset), ema)
+    return cast(TrainState, jax.eval_shape(make, abstract_trainable(preset)))
 
 
 def combine(trainable: Pi0Fuse, frozen: Pi0Fuse) -> Pi0Fuse:

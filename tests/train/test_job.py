@@ -10,8 +10,8 @@ import pytest
 from fusevla.data.lerobot import open_set
 from fusevla.data.normalize import compute_norm_stats, stats_to_json
 from fusevla.model.openpi import save_params
+from fusevla.policy.load import load_policy
 from fusevla.presets import LIBERO10, TINY, DataConfig, Preset
-from fusevla.run import load_policy
 from fusevla.train import job
 from fusevla.train.checkpoint import CheckpointError, Checkpoints, save_frozen
 from fusevla.train.material import Material, choose_buckets, prepare

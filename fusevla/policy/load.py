@@ -1,0 +1,44 @@
+"""Trained models from the folders of their runs, and the base that a run begins with."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from fusevla.model.fuse import Pi0Fuse
+from fusevla.train.checkpoint import RunInfo, read_info, restore_state
+from fusevla.train.job import abstract_state, base_of, combine, make_model, restore_frozen, run_info
+from fusevla.train.material import prepare
+from fusevla.train.request import Resolved
+from fusevla.train.sharding import make_mesh, replicated
+from fusevla.train.state import evaluation_leaves
+
+__all__ = ["load_base", "load_policy"]
+
+
+def load_policy(folder: str | Path, step: int | None = None) -> tuple[Pi0Fuse, RunInfo]:
+    """The trained model (the average where one was kept), its preset, tokenizer and statistics, from the folder alone.
+
+    ``folder`` is a run's, or the checkpoints folder in it; without ``step`` the latest checkpoint is taken.
+
+    Raises:
+        CheckpointError: no checkpoint there, or one that is damaged or not complete.
+    """
+    inside, mesh = Path(folder).expanduser() / "checkpoints", make_mesh(jax.devices()[:1])
+    checkpoints = inside if inside.is_dir() else Path(folder).expanduser()
+    info = read_info(checkpoints, step)
+    state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
+    model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))
+    return jax.tree.map(jnp.asarray, model), info
+
+
+def load_base(resolved: Resolved) -> tuple[Pi0Fuse, RunInfo]:
+    """The model that a run of this request would begin with, and its info: what fine-tuning is compared with.
+
+    Raises:
+        ValueError: what a new run raises about its set, tokenizer or weights.
+        FileNotFoundError: one of them is not there.
+    """
+    material, mesh = prepare(resolved.preset, resolved.tokenizer), make_mesh(jax.devices()[:1])
+    trainable, frozen = make_model(material.preset, resolved.weights, mesh)
+    return combine(trainable, frozen), run_info(material, base_of(frozen, resolved.weights), {})
