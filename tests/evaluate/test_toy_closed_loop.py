@@ -1,7 +1,6 @@
 """The toy world in closed loop: the environment, an expert behind a policy's interface, its figures, pages and films."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -18,40 +17,10 @@ from fusevla.evaluate.closed_loop_report import write_page
 from fusevla.evaluate.film import caption, write_film
 from fusevla.evaluate.toy_env import MAX_STEPS, ToyEnv
 from fusevla.evaluate.toy_figures import relation_of, summarize, swap_figures, wilson
-from fusevla.evaluate.toy_rollout import EXECUTED, Outcome, play, swapped_thought
-from fusevla.policy.policy import Query, Reply
+from fusevla.evaluate.toy_rollout import Outcome, play, swapped_thought
+from tests.evaluate.toy_expert import Expert
 
 SEEDS = range(40, 46)
-
-
-class Expert:
-    """Does what its thought says, with a world of its own that it moves along: a policy that sees perfectly."""
-
-    def __init__(self, batch_size: int, wrong: bool = False) -> None:
-        self.batch_size, self.wrong = batch_size, wrong
-        self.worlds: dict[int, ToyEnv] = {}
-
-    def __call__(self, queries: Sequence[Query]) -> list[Reply]:
-        return [self.answer(query) for query in queries]
-
-    def answer(self, query: Query) -> Reply:
-        seed = query.seed[0]
-        if query.agent.queries == 0:
-            self.worlds[seed] = ToyEnv()
-            self.worlds[seed].reset(seed=seed)
-        env = self.worlds[seed]
-        info = env._info()
-        thought = parse_thought(query.agent.thought or "")
-        if thought is None or len(thought.done) != info["placed"]:
-            plans = info["plans"][::-1] if self.wrong else info["plans"]
-            text = plan_thought(plans, info["placed"])
-            return Reply(query.agent.after_thought(text, True), thought=text)
-        target = [subgoal(color) for color in info["colors"]].index(thought.now)
-        actions = []
-        for _ in range(EXECUTED):
-            actions.append(expert(env._world, target))
-            env.step(actions[-1])
-        return Reply(query.agent.after_action(), actions=np.array([*actions, *actions], np.float32))
 
 
 def test_gymnasium_finds_nothing_wrong() -> None:
