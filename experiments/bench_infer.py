@@ -1,0 +1,330 @@
+"""How long the policy takes to see, think and act, beside an implementation without a cache in the same process.
+
+    python experiments/bench_infer.py --json bench.json                          # the toy's base
+    python experiments/bench_infer.py --checkpoint runs/libero10 --json bench.json
+    python experiments/bench_infer.py --preset libero10 --weights none           # full size, random weights
+
+Stages, each compiled and timed by itself:
+
+    prefill        images and prompt into the cache, and the decision whether to think
+    first_token    the same, and the first token of a thought
+    reason         a greedy thought, from the cache
+    act            a chunk of actions, from the cache (act_known_times: with the flow times' modulations kept from call to call)
+    merged_...     prefill, reason and act with the adapters merged into the weights
+
+The reference encodes images, prompt and all text so far anew for every token and for every Euler step. Its thoughts and actions
+must be ours: how far they differ is among the figures. Stages take turns, since other work on the machine disturbs all of them.
+Every thought has the same length: the model's EOS is taken away (its embedding is that of a token that no text has).
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from fusevla.arrays import Observation
+    from fusevla.model.fuse import Pi0Fuse
+    from fusevla.presets import Preset
+
+Stage = Callable[[], Any]
+MERGED = ("prefill", "reason", "act")
+"""Stages that are also timed with merged adapters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Measure inference."""
+
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the figures to this file as well."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A run's folder; without it, --preset and --weights."""
+    preset: str = "toy"
+    """Sizes and cameras."""
+    weights: Annotated[str | None, tyro.conf.arg(metavar="PATH|none")] = None
+    """A checkpoint in openpi's layout, or none for random numbers; by default the preset's."""
+    batch: int = 1
+    """Observations that are answered together."""
+    text: int = 64
+    """Tokens of the prompt."""
+    new_tokens: int = 64
+    """Tokens of a thought."""
+    repeats: int = 20
+    """Times that each stage is run."""
+    reference_repeats: int = 3
+    """Times that the reference is run; 0 leaves it out."""
+
+
+def load(args: Args) -> tuple["Pi0Fuse", "Preset"]:
+    """The model, stored as training stores it. Raises ``CheckpointError``, ``RequestError`` or ``FileNotFoundError``."""
+    import equinox as eqx
+    import jax
+
+    from fusevla.policy.load import load_policy
+    from fusevla.train.job import make_model
+    from fusevla.train.request import Request, RequestError, resolve
+    from fusevla.train.sharding import make_mesh
+
+    if min(args.batch, args.text, args.repeats) < 1 or args.new_tokens < 2 or args.reference_repeats < 0:
+        raise RequestError("--batch, --text and --repeats: expected at least 1; --new-tokens: 2; --reference-repeats: 0")
+    if args.checkpoint is not None:
+        model, info = load_policy(args.checkpoint)
+        return model, info.preset
+    resolved = resolve(Request(args.preset, weights=args.weights, lora=True))
+    if resolved.weights is None and not resolved.from_scratch:
+        raise RequestError(f"--preset {args.preset}: its weights are not at hand; give --weights PATH, or none for random ones")
+    parts = make_model(resolved.preset, resolved.weights, make_mesh(jax.devices()[:1]))
+    return eqx.combine(*parts), resolved.preset
+
+
+def untiring(model: "Pi0Fuse") -> "Pi0Fuse":
+    """The model with BEGIN_OF_REASONING's embedding for EOS, so that it goes on to the last token."""
+    import equinox as eqx
+    import jax.numpy as jnp
+
+    from fusevla.tokens.protocol import protocol_ids
+
+    ids, table = protocol_ids(model.config.vocab_size), jnp.asarray(model.embedder.table)
+    return eqx.tree_at(lambda m: m.embedder.table, model, table.at[ids.eos].set(table[ids.bor]))
+
+
+def observe(args: Args, preset: "Preset") -> "Observation":
+    """Random pictures and words; every camera there, every prompt full."""
+    import jax
+    import numpy as np
+
+    from fusevla.arrays import Observation
+    from fusevla.tokens.protocol import protocol_ids
+
+    rng, config, shape = np.random.default_rng(0), preset.model, (args.batch, args.text)
+    ids, size = protocol_ids(config.vocab_size), config.vision.image_size
+    tokens = rng.integers(3, ids.bor, shape).astype(np.int32)
+    tokens[:, 0], tokens[:, -1] = ids.bos, ids.eop
+    observation = Observation(
+        images={name: rng.integers(0, 256, (args.batch, size, size, 3), np.uint8) for name in preset.data.cameras},
+        image_masks={name: np.ones(args.batch, bool) for name in preset.data.cameras},
+        state=np.zeros((args.batch, config.action_dim), np.float32),
+        tokens=tokens,
+        token_mask=np.ones(shape, bool),
+        token_ar_mask=np.zeros(shape, bool),
+    )
+    return jax.device_put(observation)
+
+
+def starting_noise(args: Args, preset: "Preset") -> Any:
+    """Float32 [batch, 1, horizon, actions]."""
+    import jax
+
+    shape = (args.batch, 1, preset.model.action_horizon, preset.model.action_dim)
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def our_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Observation") -> dict[str, Stage]:
+    """What is timed, by name, each on inputs that are ready."""
+    import jax
+    import jax.numpy as jnp
+
+    from fusevla.policy.sampling import act, append_token, choose_token, euler_times, prefill, reason
+    from fusevla.tokens.protocol import protocol_ids
+
+    encode = partial(prefill, reserve=args.new_tokens + 1)
+    begin = jnp.full(args.batch, protocol_ids(preset.model.vocab_size).bor, jnp.int32)
+
+    def first_token(model: "Pi0Fuse", observation: "Observation") -> Any:
+        return choose_token(append_token(model, encode(model, observation), begin, jnp.ones(args.batch, bool)))
+
+    see, first, move = jax.jit(encode), jax.jit(first_token), jax.jit(partial(act, num_steps=preset.num_steps))
+    think = jax.jit(lambda model, state: reason(model, state, args.new_tokens)[0])
+    state, noise = see(model, observation), starting_noise(args, preset)
+    times = jax.jit(partial(euler_times, num_steps=preset.num_steps))(model)
+    return {
+        "prefill": lambda: see(model, observation),
+        "first_token": lambda: first(model, observation),
+        "reason": lambda: think(model, state),
+        "act": lambda: move(model, state, noise),
+        "act_known_times": lambda: move(model, state, noise, times=times),
+    }
+
+
+def reference_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Observation", length: int) -> dict[str, Stage]:
+    """Thinking (``length`` tokens) and acting without a cache, from the observation."""
+    import jax
+    import jax.numpy as jnp
+
+    from fusevla.model.fuse import embed_prefix, forward
+    from fusevla.model.gemma import Stream, transformer
+    from fusevla.model.masks import attention_mask, positions
+    from fusevla.tokens.protocol import protocol_ids
+
+    ids, start = protocol_ids(preset.model.vocab_size), observation.tokens.shape[1]
+
+    def encode(model: "Pi0Fuse", seen: "Observation", last: Any) -> Any:
+        prefix = embed_prefix(model, seen)
+        mask, where = attention_mask(prefix.valid, prefix.ar), positions(prefix.valid)
+        streams = (Stream(prefix.tokens),)
+        (hidden,), _ = transformer((model.language,), streams, mask, where, implementation=model.config.attention)
+        logits = model.embedder.unembed(hidden[:, hidden.shape[1] - seen.tokens.shape[1] + last])
+        return jnp.argmax(jnp.asarray(logits).at[:, jnp.array(ids.protocol)].set(-jnp.inf), axis=1).astype(jnp.int32)
+
+    next_token, velocity = jax.jit(encode), jax.jit(lambda *inputs: forward(*inputs)[1])
+
+    def think() -> Any:
+        seen, token = _with_room(observation, length), jnp.full(args.batch, ids.bor, jnp.int32)
+        for step in range(length):
+            seen = _written(seen, start + step, token)
+            if step + 1 < length:
+                token = next_token(model, seen, jnp.int32(start + step))
+        return seen.tokens[:, start:]
+
+    def move() -> Any:
+        seen = _written(_with_room(observation, 1), start, ids.boa)
+        x, time = starting_noise(args, preset), jnp.ones((args.batch, 1))
+        for _ in range(preset.num_steps):
+            x, time = x - velocity(model, seen, x, time) / preset.num_steps, time - 1 / preset.num_steps
+        return x
+
+    return {"reference_reason": think, "reference_act": move}
+
+
+def _with_room(observation: "Observation", length: int) -> "Observation":
+    """``length`` causal tokens behind the prompt, none of them there yet."""
+    import jax.numpy as jnp
+
+    room = [(0, 0), (0, length)]
+    return dataclasses.replace(
+        observation,
+        tokens=jnp.pad(observation.tokens, room),
+        token_mask=jnp.pad(observation.token_mask, room),
+        token_ar_mask=jnp.pad(observation.token_ar_mask, room, constant_values=True),
+    )
+
+
+def _written(seen: "Observation", at: int, token: Any) -> "Observation":
+    """With ``token`` at the text's position ``at``."""
+    import jax.numpy as jnp
+
+    tokens, valid = jnp.asarray(seen.tokens), jnp.asarray(seen.token_mask)
+    return dataclasses.replace(seen, tokens=tokens.at[:, at].set(token), token_mask=valid.at[:, at].set(True))
+
+
+def measure(stages: dict[str, Stage], repeats: dict[str, int]) -> dict[str, list[float]]:
+    """Milliseconds of every run; the stages take turns, after one run each that compiles."""
+    import jax
+
+    for stage in stages.values():
+        jax.block_until_ready(stage())
+    taken: dict[str, list[float]] = {name: [] for name in stages}
+    for turn in range(max(repeats.values())):
+        for name, stage in stages.items():
+            if turn < repeats[name]:
+                began = time.perf_counter()
+                jax.block_until_ready(stage())
+                taken[name].append(1e3 * (time.perf_counter() - began))
+    return taken
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Everything; returns the figures."""
+    import jax
+    import numpy as np
+
+    from fusevla.evaluate.machine import versions
+    from fusevla.model.fuse import merge_lora
+    from fusevla.train.freeze import count_parameters, has_adapters
+
+    model, preset = load(args)
+    model = untiring(model)
+    observation = observe(args, preset)
+    stages = our_stages(args, preset, model, observation)
+    if has_adapters(model):
+        merged = our_stages(args, preset, jax.jit(merge_lora)(model), observation)
+        stages |= {f"merged_{name}": merged[name] for name in MERGED}
+    written = np.asarray(stages["reason"]().length)
+    if args.reference_repeats:
+        stages |= reference_stages(args, preset, model, observation, int(written.max()))
+    repeats = {name: args.reference_repeats if name.startswith("reference") else args.repeats for name in stages}
+    taken = measure(stages, repeats)
+    setting = {
+        "device": jax.devices()[0].device_kind,
+        "preset": preset.name,
+        "parameters": count_parameters(model),
+        "batch": args.batch,
+        "cameras": len(preset.data.cameras),
+        "prompt_tokens": args.text,
+        "image_tokens": len(preset.data.cameras) * preset.model.vision.num_tokens,
+        "written_tokens": written.tolist(),
+        "num_steps": preset.num_steps,
+    }
+    return setting | summarize(taken, int(written.sum())) | differences(stages) | {"versions": versions()}
+
+
+def summarize(taken: dict[str, list[float]], written: int) -> dict[str, Any]:
+    """Latencies, tokens per second and what the reference takes in units of ours, each of them from the observation on."""
+    import numpy as np
+
+    median = {name: float(np.median(times)) for name, times in taken.items()}
+    stages = {name: {"median_ms": median[name], "p90_ms": float(np.quantile(times, 0.9))} for name, times in taken.items()}
+    figures: dict[str, Any] = {"stages": stages}
+    for name in ("reason", "merged_reason"):
+        figures[f"{name}_tokens_per_second"] = 1e3 * written / median[name] if name in median else None
+    for name in ("reason", "act"):
+        other = median.get(f"reference_{name}")
+        for prefix in ("", "merged_"):
+            ours = median[f"{prefix}prefill"] + median[f"{prefix}{name}"] if f"{prefix}{name}" in median else None
+            figures[f"{prefix}{name}_ratio"] = other / ours if other and ours else None
+    return figures
+
+
+def differences(stages: dict[str, Stage]) -> dict[str, Any]:
+    """How far other ways to the same thought and actions lead elsewhere: share of tokens, relative error of actions."""
+    import numpy as np
+
+    from fusevla.tokens.ids import ProtocolIds
+
+    tokens, actions = np.asarray(stages["reason"]().tokens), np.asarray(stages["act"]())
+    figures: dict[str, Any] = {}
+    for name in ("merged_act", "reference_act"):
+        other = np.asarray(stages[name]()) if name in stages else None
+        error = None if other is None else float(np.linalg.norm(other - actions) / np.linalg.norm(actions))
+        figures[f"{name}_error"] = error
+    if "reference_reason" in stages:
+        other = np.asarray(stages["reference_reason"]())
+        ended = np.cumsum(np.cumsum(other == ProtocolIds.eos, axis=1), axis=1) > 1  # the reference does not stop
+        figures["reference_reason_tokens_equal"] = float(np.mean((other == tokens[:, : other.shape[1]]) | ended))
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the figures in lines."""
+    for name, value in figures.items():
+        if name == "stages":
+            for stage, times in value.items():
+                print(f"{stage:<28} {times['median_ms']:10.2f} ms median {times['p90_ms']:10.2f} ms p90")
+        elif value is not None and name != "versions":
+            print(f"{name:<36} {value:.4g}" if isinstance(value, float) else f"{name:<36} {value}")
+
+
+def main() -> None:
+    """The command line."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        figures = run(args)
+    except (ValueError, OSError) as error:  # CheckpointError and RequestError are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    show(figures)
+    if args.json:
+        from fusevla.files import write_whole
+
+        write_whole(args.json, (json.dumps(figures, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
