@@ -14,7 +14,7 @@ Stages, each compiled and timed by itself:
 
 The reference encodes images, prompt and all text so far anew for every token and for every Euler step. Its thoughts and actions
 must be ours: how far they differ is among the figures. Stages take turns, since other work on the machine disturbs all of them.
-Every thought has the same length: the model's EOS is taken away (its embedding is that of a token that no text has).
+Every thought has --new-tokens tokens: EOS gets the embedding of PAD, which comes before it, so that greedy decoding never ends.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Args:
 
 
 def load(args: Args) -> tuple["Pi0Fuse", "Preset"]:
-    """The model, stored as training stores it. Raises ``CheckpointError``, ``RequestError`` or ``FileNotFoundError``."""
+    """The model as training stores it, without an EOS. Raises ``CheckpointError``, ``RequestError``, ``FileNotFoundError``."""
     import equinox as eqx
     import jax
 
@@ -76,27 +76,24 @@ def load(args: Args) -> tuple["Pi0Fuse", "Preset"]:
         raise RequestError("--batch, --text and --repeats: expected at least 1; --new-tokens: 2; --reference-repeats: 0")
     if args.checkpoint is not None:
         model, info = load_policy(args.checkpoint)
-        return model, info.preset
+        return _untiring(model), info.preset
     resolved = resolve(Request(args.preset, weights=args.weights, lora=True))
     if resolved.weights is None and not resolved.from_scratch:
         raise RequestError(f"--preset {args.preset}: its weights are not at hand; give --weights PATH, or none for random ones")
     parts = make_model(resolved.preset, resolved.weights, make_mesh(jax.devices()[:1]))
-    return eqx.combine(*parts), resolved.preset
+    return _untiring(eqx.combine(*parts)), resolved.preset
 
 
-def untiring(model: "Pi0Fuse") -> "Pi0Fuse":
-    """The model with BEGIN_OF_REASONING's embedding for EOS, so that it goes on to the last token."""
-    import equinox as eqx
-    import jax.numpy as jnp
-
+def _untiring(model: "Pi0Fuse") -> "Pi0Fuse":
     from fusevla.tokens.protocol import protocol_ids
 
-    ids, table = protocol_ids(model.config.vocab_size), jnp.asarray(model.embedder.table)
-    return eqx.tree_at(lambda m: m.embedder.table, model, table.at[ids.eos].set(table[ids.bor]))
+    ids, table = protocol_ids(model.config.vocab_size), model.embedder.table
+    embedder = dataclasses.replace(model.embedder, table=table.at[ids.eos].set(table[ids.pad]))  # type: ignore[union-attr]
+    return dataclasses.replace(model, embedder=embedder)
 
 
-def observe(args: Args, preset: "Preset") -> "Observation":
-    """Random pictures and words; every camera there, every prompt full."""
+def observe(args: Args, preset: "Preset") -> tuple["Observation", Any]:
+    """Random pictures and words, every camera there, every prompt full; and the noise that actions start from."""
     import jax
     import numpy as np
 
@@ -115,18 +112,11 @@ def observe(args: Args, preset: "Preset") -> "Observation":
         token_mask=np.ones(shape, bool),
         token_ar_mask=np.zeros(shape, bool),
     )
-    return jax.device_put(observation)
+    noise = rng.standard_normal((args.batch, 1, config.action_horizon, config.action_dim), np.float32)
+    return jax.device_put((observation, noise))
 
 
-def starting_noise(args: Args, preset: "Preset") -> Any:
-    """Float32 [batch, 1, horizon, actions]."""
-    import jax
-
-    shape = (args.batch, 1, preset.model.action_horizon, preset.model.action_dim)
-    return jax.random.normal(jax.random.key(0), shape)
-
-
-def our_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Observation") -> dict[str, Stage]:
+def our_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Observation", noise: Any) -> dict[str, Stage]:
     """What is timed, by name, each on inputs that are ready."""
     import jax
     import jax.numpy as jnp
@@ -142,7 +132,7 @@ def our_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Obs
 
     see, first, move = jax.jit(encode), jax.jit(first_token), jax.jit(partial(act, num_steps=preset.num_steps))
     think = jax.jit(lambda model, state: reason(model, state, args.new_tokens)[0])
-    state, noise = see(model, observation), starting_noise(args, preset)
+    state = see(model, observation)
     times = jax.jit(partial(euler_times, num_steps=preset.num_steps))(model)
     return {
         "prefill": lambda: see(model, observation),
@@ -153,10 +143,11 @@ def our_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Obs
     }
 
 
-def reference_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Observation", length: int) -> dict[str, Stage]:
-    """Thinking (``length`` tokens) and acting without a cache, from the observation."""
+def reference_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation: "Observation", noise: Any) -> dict[str, Stage]:
+    """Thinking and acting without a cache, from the observation."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from fusevla.model.fuse import embed_prefix, forward
     from fusevla.model.gemma import Stream, transformer
@@ -168,24 +159,24 @@ def reference_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation
     def encode(model: "Pi0Fuse", seen: "Observation", last: Any) -> Any:
         prefix = embed_prefix(model, seen)
         mask, where = attention_mask(prefix.valid, prefix.ar), positions(prefix.valid)
-        streams = (Stream(prefix.tokens),)
-        (hidden,), _ = transformer((model.language,), streams, mask, where, implementation=model.config.attention)
+        (hidden,), _ = transformer(
+            (model.language,), (Stream(prefix.tokens),), mask, where, implementation=model.config.attention
+        )
         logits = model.embedder.unembed(hidden[:, hidden.shape[1] - seen.tokens.shape[1] + last])
         return jnp.argmax(jnp.asarray(logits).at[:, jnp.array(ids.protocol)].set(-jnp.inf), axis=1).astype(jnp.int32)
 
     next_token, velocity = jax.jit(encode), jax.jit(lambda *inputs: forward(*inputs)[1])
 
     def think() -> Any:
-        seen, token = _with_room(observation, length), jnp.full(args.batch, ids.bor, jnp.int32)
-        for step in range(length):
-            seen = _written(seen, start + step, token)
-            if step + 1 < length:
-                token = next_token(model, seen, jnp.int32(start + step))
-        return seen.tokens[:, start:]
+        written = np.full((args.batch, 1), ids.bor, np.int32)
+        for step in range(start, start + args.new_tokens - 1):
+            token = next_token(model, _followed_by(observation, written, args.new_tokens), jnp.int32(step))
+            written = np.concatenate([written, np.asarray(token)[:, None]], axis=1)
+        return written
 
     def move() -> Any:
-        seen = _written(_with_room(observation, 1), start, ids.boa)
-        x, time = starting_noise(args, preset), jnp.ones((args.batch, 1))
+        seen = _followed_by(observation, np.full((args.batch, 1), ids.boa, np.int32), 1)
+        x, time = noise, jnp.ones((args.batch, 1))
         for _ in range(preset.num_steps):
             x, time = x - velocity(model, seen, x, time) / preset.num_steps, time - 1 / preset.num_steps
         return x
@@ -193,25 +184,18 @@ def reference_stages(args: Args, preset: "Preset", model: "Pi0Fuse", observation
     return {"reference_reason": think, "reference_act": move}
 
 
-def _with_room(observation: "Observation", length: int) -> "Observation":
-    """``length`` causal tokens behind the prompt, none of them there yet."""
-    import jax.numpy as jnp
+def _followed_by(observation: "Observation", written: Any, room: int) -> "Observation":
+    """The prompt and behind it ``written`` in ``room`` causal tokens, on the host: one shape whatever has been written."""
+    import numpy as np
 
-    room = [(0, 0), (0, length)]
+    tokens, valid, ar = (np.asarray(x) for x in (observation.tokens, observation.token_mask, observation.token_ar_mask))
+    free = [(0, 0), (0, room - written.shape[1])]
     return dataclasses.replace(
         observation,
-        tokens=jnp.pad(observation.tokens, room),
-        token_mask=jnp.pad(observation.token_mask, room),
-        token_ar_mask=jnp.pad(observation.token_ar_mask, room, constant_values=True),
+        tokens=np.concatenate([tokens, np.pad(written, free)], axis=1),
+        token_mask=np.concatenate([valid, np.pad(np.ones(written.shape, bool), free)], axis=1),
+        token_ar_mask=np.pad(ar, [(0, 0), (0, room)], constant_values=True),
     )
-
-
-def _written(seen: "Observation", at: int, token: Any) -> "Observation":
-    """With ``token`` at the text's position ``at``."""
-    import jax.numpy as jnp
-
-    tokens, valid = jnp.asarray(seen.tokens), jnp.asarray(seen.token_mask)
-    return dataclasses.replace(seen, tokens=tokens.at[:, at].set(token), token_mask=valid.at[:, at].set(True))
 
 
 def measure(stages: dict[str, Stage], repeats: dict[str, int]) -> dict[str, list[float]]:
@@ -233,24 +217,20 @@ def measure(stages: dict[str, Stage], repeats: dict[str, int]) -> dict[str, list
 def run(args: Args) -> dict[str, Any]:
     """Everything; returns the figures."""
     import jax
-    import numpy as np
 
     from fusevla.evaluate.machine import versions
     from fusevla.model.fuse import merge_lora
     from fusevla.train.freeze import count_parameters, has_adapters
 
     model, preset = load(args)
-    model = untiring(model)
-    observation = observe(args, preset)
-    stages = our_stages(args, preset, model, observation)
+    inputs = observe(args, preset)
+    stages = our_stages(args, preset, model, *inputs)
     if has_adapters(model):
-        merged = our_stages(args, preset, jax.jit(merge_lora)(model), observation)
+        merged = our_stages(args, preset, jax.jit(merge_lora)(model), *inputs)
         stages |= {f"merged_{name}": merged[name] for name in MERGED}
-    written = np.asarray(stages["reason"]().length)
     if args.reference_repeats:
-        stages |= reference_stages(args, preset, model, observation, int(written.max()))
+        stages |= reference_stages(args, preset, model, *inputs)
     repeats = {name: args.reference_repeats if name.startswith("reference") else args.repeats for name in stages}
-    taken = measure(stages, repeats)
     setting = {
         "device": jax.devices()[0].device_kind,
         "preset": preset.name,
@@ -259,10 +239,11 @@ def run(args: Args) -> dict[str, Any]:
         "cameras": len(preset.data.cameras),
         "prompt_tokens": args.text,
         "image_tokens": len(preset.data.cameras) * preset.model.vision.num_tokens,
-        "written_tokens": written.tolist(),
+        "new_tokens": args.new_tokens,
         "num_steps": preset.num_steps,
     }
-    return setting | summarize(taken, int(written.sum())) | differences(stages) | {"versions": versions()}
+    figures = summarize(measure(stages, repeats), args.batch * args.new_tokens)
+    return setting | figures | differences(stages) | {"versions": versions()}
 
 
 def summarize(taken: dict[str, list[float]], written: int) -> dict[str, Any]:
@@ -286,18 +267,14 @@ def differences(stages: dict[str, Stage]) -> dict[str, Any]:
     """How far other ways to the same thought and actions lead elsewhere: share of tokens, relative error of actions."""
     import numpy as np
 
-    from fusevla.tokens.ids import ProtocolIds
-
-    tokens, actions = np.asarray(stages["reason"]().tokens), np.asarray(stages["act"]())
+    ours = {"act": np.asarray(stages["act"]()), "reason": np.asarray(stages["reason"]().tokens)}
     figures: dict[str, Any] = {}
     for name in ("merged_act", "reference_act"):
-        other = np.asarray(stages[name]()) if name in stages else None
-        error = None if other is None else float(np.linalg.norm(other - actions) / np.linalg.norm(actions))
-        figures[f"{name}_error"] = error
+        if name in stages:
+            error = np.linalg.norm(np.asarray(stages[name]()) - ours["act"]) / np.linalg.norm(ours["act"])
+            figures[f"{name}_error"] = float(error)
     if "reference_reason" in stages:
-        other = np.asarray(stages["reference_reason"]())
-        ended = np.cumsum(np.cumsum(other == ProtocolIds.eos, axis=1), axis=1) > 1  # the reference does not stop
-        figures["reference_reason_tokens_equal"] = float(np.mean((other == tokens[:, : other.shape[1]]) | ended))
+        figures["reference_reason_tokens_equal"] = float(np.mean(np.asarray(stages["reference_reason"]()) == ours["reason"]))
     return figures
 
 
