@@ -61,9 +61,14 @@ def tiny_batch(valid: np.ndarray, ar: np.ndarray, seed: int = 0, cameras: tuple[
 
 
 def ending_with(model: Pi0Fuse, observation: Observation, word: int) -> tuple[Pi0Fuse, Observation]:
-    """The same model and prompts with two words' names exchanged: what was called ``word`` is EOS."""
-    eos, rename = protocol_ids(model.config.vocab_size).eos, np.arange(model.config.vocab_size)
-    rename[[word, eos]] = rename[[eos, word]]
+    """The same model and prompts, in which ``word`` is called EOS (and EOS ``word``)."""
+    return exchanged(model, observation, word, protocol_ids(model.config.vocab_size).eos)
+
+
+def exchanged(model: Pi0Fuse, observation: Observation, word: int, other: int) -> tuple[Pi0Fuse, Observation]:
+    """The same model and prompts with two words' ids exchanged."""
+    rename = np.arange(model.config.vocab_size)
+    rename[[word, other]] = rename[[other, word]]
     renamed = eqx.tree_at(lambda m: m.embedder.table, model, model.embedder.table[rename])
     tokens = jnp.asarray(rename[np.asarray(observation.tokens)], jnp.int32)
     return renamed, eqx.tree_at(lambda o: o.tokens, observation, tokens)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fusevla.policy.sampling import Prefilled, Reasoned, _euler_step, act, act_best, denoise, euler_times, prefill, reason
 from fusevla.tokens.protocol import protocol_ids
 from tests.golden_set import F32, relative_error
-from tests.tiny import VOCAB, ending_with, tiny_batch, tiny_model
+from tests.tiny import VOCAB, ending_with, exchanged, tiny_batch, tiny_model
 
 IDS = protocol_ids(VOCAB)
 STEPS = 8
@@ -65,6 +65,13 @@ def test_the_loop_ends_with_the_last_active_sample():
     assert int(nobody.used) == int(STATE.used)
     written, after = think(STOPPING, STATE, None)
     assert int(after.used - STATE.used) == int(jnp.max(written.length)) > 4
+
+
+def test_a_pad_that_the_model_writes_itself_counts_and_ends_nothing():
+    model, observation = exchanged(MODEL, OBSERVATION, int(WRITTEN_ALONE.tokens[0, 3]), IDS.pad)
+    written, _ = think(model, encode(model, observation, STEPS + 1), None)
+    assert written.tokens[0, 3] == IDS.pad
+    assert (int(written.length[0]), bool(written.finished[0])) == (STEPS, False)
 
 
 def test_flow_times_known_beforehand_are_those_of_the_loop():
