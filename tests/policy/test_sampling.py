@@ -7,10 +7,22 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusevla.policy.sampling import Prefilled, Reasoned, _euler_step, act, act_best, denoise, euler_times, prefill, reason
+from fusevla.policy.sampling import (
+    Prefilled,
+    Reasoned,
+    _euler_step,
+    act,
+    act_best,
+    append_token,
+    denoise,
+    euler_times,
+    prefill,
+    reason,
+)
 from fusevla.tokens.protocol import protocol_ids
 from tests.golden_set import F32, relative_error
-from tests.tiny import VOCAB, ending_with, exchanged, tiny_batch, tiny_model
+from tests.strategies import seeds
+from tests.tiny import CAMERAS, VOCAB, ending_with, exchanged, tiny_batch, tiny_model
 
 IDS = protocol_ids(VOCAB)
 STEPS = 8
@@ -65,6 +77,35 @@ def test_the_loop_ends_with_the_last_active_sample():
     assert int(nobody.used) == int(STATE.used)
     written, after = think(STOPPING, STATE, None)
     assert int(after.used - STATE.used) == int(jnp.max(written.length)) > 4
+
+
+@settings(max_examples=4)
+@given(st.lists(st.sampled_from([*CAMERAS, None]), min_size=4, max_size=4), seeds())
+def test_each_sample_of_a_mixed_batch_is_what_it_is_alone(missing, seed):
+    """Prompt lengths, missing cameras and the end of the text differ from sample to sample."""
+    masks = {name: jnp.array([name != gone for gone in missing]) for name in CAMERAS}
+    observation = eqx.tree_at(lambda o: o.image_masks, prompts(seed=seed), masks)
+    noise = jax.random.normal(jax.random.key(seed), (4, 2, 4, 5))
+    together = answer(STOPPING, observation, noise)
+    for row in range(4):
+        alone = answer(STOPPING, *jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (observation, noise)))
+        assert relative_error(together[0][row], alone[0][0]) <= F32
+        assert relative_error(together[1][row], alone[1][0]) <= F32
+        if alone[2][0] > 1e-4:  # nowhere were two words a tie
+            np.testing.assert_array_equal(together[3].tokens[row], alone[3].tokens[0])
+
+
+@jax.jit
+def answer(model, observation, noise):
+    """Decision logits, actions, the smallest gap between the two best words of a greedy thought, and the thought."""
+    state = prefill(model, observation, STEPS + 1)
+    written, _ = reason(model, state, STEPS)
+    gaps, reading = [], state
+    for step in range(STEPS - 1):
+        reading = append_token(model, reading, written.tokens[:, step], jnp.ones(len(written.tokens), bool))
+        best = jax.lax.top_k(reading.logits.at[:, jnp.array(IDS.protocol)].set(-1e9), 2)[0]
+        gaps.append(best[:, 0] - best[:, 1])
+    return state.decision, act(model, state, noise, 3), jnp.min(jnp.stack(gaps), axis=0), written
 
 
 def test_a_pad_that_the_model_writes_itself_counts_and_ends_nothing():
