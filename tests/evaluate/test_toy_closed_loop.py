@@ -17,7 +17,7 @@ from fusevla.evaluate.closed_loop_report import write_page
 from fusevla.evaluate.film import caption, write_film
 from fusevla.evaluate.toy_env import MAX_STEPS, ToyEnv
 from fusevla.evaluate.toy_figures import relation_of, summarize, swap_figures, wilson
-from fusevla.evaluate.toy_rollout import Outcome, play, swapped_thought
+from fusevla.evaluate.toy_rollout import Outcome, Swap, play, swapped_thought
 from tests.evaluate.toy_expert import Expert
 
 SEEDS = range(40, 46)
@@ -87,7 +87,8 @@ def test_an_obedient_policy_takes_the_block_of_the_swapped_thought(swap) -> None
 def test_a_swapped_thought_is_a_thought_about_another_block_that_is_there(colors, done, seed) -> None:
     plans = [subgoal(color) for color in colors[:2]]
     text = plan_thought(plans, done)
-    for swap in ("plan", "due"):
+    kinds: tuple[Swap, ...] = ("plan", "due")
+    for swap in kinds:
         swapped, other = swapped_thought(text, colors[:3], swap, seed)
         thought = parse_thought(swapped)
         assert thought is not None

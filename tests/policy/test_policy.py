@@ -81,12 +81,16 @@ def test_actions_are_in_the_robots_units_and_start_from_the_querys_own_noise(mak
 def test_normalised_actions_map_to_the_middle_of_the_range(make) -> None:
     """``unnormalize`` of the same chunk by hand."""
     policy = make(1)
-    captured = []
-    inner = policy._act
-    policy._act = lambda *args: captured.append(inner(*args)) or captured[-1]
+    captured, inner = {}, policy._act
+
+    def spy(*args):
+        captured["chunk"] = inner(*args)
+        return captured["chunk"]
+
+    policy._act = spy
     actions = policy(QUERIES[:1])[0].actions
     low, high = RANGE
-    expected = (np.asarray(captured[0])[0, 0] + 1) / 2 * (high - low + 1e-6) + low
+    expected = (np.asarray(captured["chunk"])[0, 0] + 1) / 2 * (high - low + 1e-6) + low
     np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-6)
 
 
