@@ -58,7 +58,8 @@ class _Table:
     """One environment, its agent and what it still has to do."""
 
     def __init__(self, seed: int, swap: Swap | None, record: bool) -> None:
-        self.env, self.swap, self.record = ToyEnv(), swap, record
+        self.env, self.record = ToyEnv(), record
+        self.swap: Swap | None = swap
         self.observation, self.info = self.env.reset(seed=seed)
         self.agent, self.outcome = Agent(self.info["task"]), Outcome(seed, self.info["task"], plans=self.info["plans"])
         self.pending: deque[np.ndarray] = deque()
