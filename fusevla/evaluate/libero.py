@@ -236,7 +236,7 @@ def _upright(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _language(name: str) -> str:
-    """Of a task's file name, whose scene is not part of the instruction."""
+    """Of a task's file name without the scene, as the training sets have it; 29 of the task files word it differently."""
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
 
 
