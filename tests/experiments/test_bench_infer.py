@@ -21,6 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
     runpy.run_path(SCRIPT, run_name="__main__")
 
 
+@pytest.mark.slow
 def test_stages_reference_and_agreement(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(PRESETS, "toy", dataclasses.replace(TOY, model=CONFIG, num_steps=2))
     file = tmp_path / "bench.json"

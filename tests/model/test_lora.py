@@ -42,6 +42,7 @@ def loras() -> st.SearchStrategy[LoraConfig | None]:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(loras(), loras(), st.sampled_from([1, 2, 4]), seeds())
 def test_each_merged_matrix_is_the_same_map(lora, action_lora, kv_heads, seed):
