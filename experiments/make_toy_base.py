@@ -228,14 +228,9 @@ def train(args: Args, tokenizer: "Tokenizer") -> Any:
 
     from fusevla.data.toy_frames import Frames
     from fusevla.model.fuse import init
-    from fusevla.presets import TOY_MODEL
+    from fusevla.presets import TOY_MODEL, without_lora
 
-    bare = dataclasses.replace(
-        TOY_MODEL,
-        vocab_size=tokenizer.vocab_size,
-        language=dataclasses.replace(TOY_MODEL.language, lora=None),
-        action=dataclasses.replace(TOY_MODEL.action, lora=None),
-    )
+    bare = dataclasses.replace(without_lora(TOY_MODEL), vocab_size=tokenizer.vocab_size)
     model = init(bare, jax.random.key(args.seed))
     frames, held_out = Frames(tokenizer, args.episodes, args.seed), Frames(tokenizer, args.held_out, args.seed + 1_000_003)
     if (args.out / "seen.eqx").exists():

@@ -91,7 +91,7 @@ class Policy:
         actions = np.zeros(0) if all(thinks) else self._actions(state, queries)
         written = iter(thoughts)
         return [
-            self._thinking(query, *next(written)) if think else Reply(query.agent.after_action(), actions=actions[i])
+            _thinking(query.agent, *next(written)) if think else Reply(query.agent.after_action(), actions=actions[i])
             for i, (query, think) in enumerate(zip(queries, thinks, strict=True))
         ]
 
@@ -122,9 +122,9 @@ class Policy:
         stats = self.stats["actions"]
         return unnormalize(chunks[..., : len(stats.mean)], stats)
 
-    @staticmethod
-    def _thinking(query: Query, text: str, finished: bool) -> Reply:
-        return Reply(query.agent.after_thought(text, finished), thought=text)
+
+def _thinking(agent: Agent, text: str, finished: bool) -> Reply:
+    return Reply(agent.after_thought(text, finished), thought=text)
 
 
 def _reason(model: Pi0Fuse, state: sampling.Prefilled, active: Bool[Array, " b"], *, max_new_tokens: int) -> sampling.Reasoned:

@@ -5,7 +5,6 @@ disk since then changes the run. Several sets become one source of samples, a ``
 """
 
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -76,9 +75,7 @@ def make_toy_set(folder: Path) -> None:
         return
     from fusevla.data.toy import write_toy_set
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name) as partial:
-        write_toy_set(Path(partial) / "set").rename(folder)
+    write_toy_set(folder)
 
 
 def open_sets(data: DataConfig) -> tuple[OpenedSet, ...]:

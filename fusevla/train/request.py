@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fusevla.files import cache_folder, openpi_cache_folder
-from fusevla.presets import PI05, PRESETS, TINY, Freeze, ModelConfig, Preset, ScheduleConfig, scratch_schedule
+from fusevla.presets import PI05, PRESETS, TINY, Freeze, ModelConfig, Preset, ScheduleConfig, scratch_schedule, without_lora
 from fusevla.tokens.ids import PALIGEMMA_SOURCE
 
 TOY = "toy"
@@ -87,10 +87,7 @@ def _replaced(config: Any, **changes: Any) -> Any:
 def _model(base: ModelConfig, request: Request, scratch: bool) -> ModelConfig:
     config = base if request.model is None else {"tiny": TINY, "full": PI05}[request.model]
     keep_lora = request.lora if request.lora is not None else not scratch
-    if keep_lora:
-        return config
-    language, action = (dataclasses.replace(expert, lora=None) for expert in (config.language, config.action))
-    return dataclasses.replace(config, language=language, action=action)
+    return config if keep_lora else without_lora(config)
 
 
 def _schedule(base: Preset, request: Request, steps: int, scratch: bool) -> ScheduleConfig:
@@ -107,6 +104,10 @@ def _schedule(base: Preset, request: Request, steps: int, scratch: bool) -> Sche
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def _all_absolute(paths: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return None if paths is None else tuple(str(_absolute(path)) for path in paths)
 
 
 def _first_there(candidates: Iterable[Path]) -> str | None:
@@ -174,7 +175,7 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
         base.data,
         data=_absolute(request.data) or base.data.data or folder,
         annotations=_absolute(request.annotations) or (annotations if request.data is None else None),
-        more_data=None if request.more_data is None else tuple(map(_absolute, request.more_data)),
+        more_data=_all_absolute(request.more_data),
         data_weights=request.data_weights,
         norm=request.norm if request.norm in (None, "auto", NONE) else _absolute(request.norm),
         held_out_fraction=request.held_out,
@@ -245,7 +246,7 @@ def continued(request: Request, preset: Preset) -> Preset:
         preset.data,
         data=_absolute(request.data),
         annotations=_absolute(request.annotations),
-        more_data=None if request.more_data is None else tuple(map(_absolute, request.more_data)),
+        more_data=_all_absolute(request.more_data),
         workers=request.workers,
         frame_cache=_absolute(request.frame_cache),
     )
