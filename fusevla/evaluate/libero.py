@@ -7,12 +7,9 @@ without PyTorch, which its benchmark module would bring.
 import dataclasses
 import importlib
 import importlib.util
-import io
 import os
-import pickle
 import re
 import runpy
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from fusevla.arrays import Float, UInt8
+from fusevla.evaluate.libero_init import read_init_states
 from fusevla.files import cache_folder, write_whole
 
-__all__ = ["MAX_STEPS", "LiberoEnv", "Task", "axis_angle", "read_init_states", "state_vector", "suite_name", "tasks"]
+__all__ = ["MAX_STEPS", "LiberoEnv", "Task", "axis_angle", "state_vector", "suite_name", "tasks"]
 
 MAX_STEPS: Final = {
     "libero_spatial": 220,
@@ -79,22 +77,6 @@ def tasks(suite: str) -> list[Task]:
     names = runpy.run_path(str(package / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"][suite]
     bddl, init = package / "bddl_files" / suite, package / "init_files" / suite
     return [Task(suite, i, _language(name), bddl / f"{name}.bddl", init / f"{name}.pruned_init") for i, name in enumerate(names)]
-
-
-def read_init_states(path: Path) -> Float[np.ndarray, "n d"]:
-    """The flattened simulator states of a ``.pruned_init`` file; nothing in the file is ever executed.
-
-    Raises:
-        ValueError: the file is missing, damaged, or holds anything besides one matrix of finite numbers.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            states = _ArrayUnpickler(io.BytesIO(archive.read("archive/data.pkl"))).load()
-    except Exception as error:  # a pickle of unknown origin may fail in any way
-        raise ValueError(f"{path}: not a readable file of initial states ({error}); install hf-libero again") from error
-    if not (isinstance(states, np.ndarray) and states.dtype.kind == "f" and states.ndim == 2 and np.isfinite(states).all()):
-        raise ValueError(f"{path}: expected one matrix of finite numbers, got {type(states).__name__}; install hf-libero again")
-    return states
 
 
 def axis_angle(quaternion: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3"]:
@@ -181,6 +163,19 @@ class LiberoEnv:
         """Done, or out of steps."""
         return self.success or self.steps >= self.task.max_steps
 
+    @property
+    def held(self) -> str | None:
+        """The simulator's name of the movable object between the fingers, both of which touch it; only for judges and experts."""
+        scene, gripper = self._simulator.env, self._simulator.robots[0].gripper
+        return next((name for name, body in scene.objects_dict.items() if scene._check_grasp(gripper, body)), None)
+
+    def poses(self) -> dict[str, tuple[Float[np.ndarray, "3"], Float[np.ndarray, "4"]]]:
+        """Positions [m] and xyzw quaternions, float64, of the movable objects and of all that the goal names; only for judges
+        and experts."""
+        scene = self._simulator.env
+        goal = [name for _, *names in scene.parsed_problem["goal_state"] for name in names]
+        return {name: self._pose(name) for name in dict.fromkeys([*scene.objects_dict, *goal])}
+
     def close(self) -> None:
         """Frees the renderer."""
         if self._simulator is not None:
@@ -205,6 +200,14 @@ class LiberoEnv:
             except self._module.RandomizationError:
                 if not left:
                     raise
+
+    def _pose(self, name: str) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "4"]]:
+        """Of an object, a fixture or, where it is neither, a region."""
+        data, bodies = self._simulator.sim.data, self._simulator.env.obj_body_id
+        if name in bodies:
+            return data.body_xpos[bodies[name]].copy(), np.roll(data.body_xquat[bodies[name]], -1)
+        turned = self._module.suite.utils.transform_utils.mat2quat(data.get_site_xmat(name))
+        return data.get_site_xpos(name).copy(), np.asarray(turned, np.float64)
 
     def _render_on_demand(self) -> None:
         """Cameras keep robosuite's moment of exposure, but are only exposed while ``_look`` is set."""
@@ -238,23 +241,6 @@ def _upright(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
 def _language(name: str) -> str:
     """Of a task's file name without the scene, as the training sets have it; 29 of the task files word it differently."""
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows NumPy arrays of numbers and nothing else."""
-
-    _known: Final[Mapping[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self._known[module, name]
 
 
 def _package() -> Path:

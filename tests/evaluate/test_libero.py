@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fusevla.evaluate import libero
-from fusevla.evaluate.libero import MAX_STEPS, NO_OP, LiberoEnv, axis_angle, read_init_states, state_vector, suite_name, tasks
+from fusevla.evaluate.libero import MAX_STEPS, NO_OP, LiberoEnv, axis_angle, state_vector, suite_name, tasks
+from fusevla.evaluate.libero_init import read_init_states
 
 NAMES = {
     "libero_object": ["pick_up_the_milk_and_place_it_in_the_basket", "pick_up_the_butter_and_place_it_in_the_basket"],
