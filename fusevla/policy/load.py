@@ -13,7 +13,13 @@ from fusevla.train.request import Resolved
 from fusevla.train.sharding import make_mesh, replicated
 from fusevla.train.state import evaluation_leaves
 
-__all__ = ["load_base", "load_policy"]
+__all__ = ["checkpoints_folder", "load_base", "load_policy"]
+
+
+def checkpoints_folder(folder: str | Path) -> Path:
+    """Where a run keeps its checkpoints, given its folder or that very one."""
+    inside = Path(folder).expanduser() / "checkpoints"
+    return inside if inside.is_dir() else Path(folder).expanduser()
 
 
 def load_policy(folder: str | Path, step: int | None = None) -> tuple[Pi0Fuse, RunInfo]:
@@ -24,8 +30,7 @@ def load_policy(folder: str | Path, step: int | None = None) -> tuple[Pi0Fuse, R
     Raises:
         CheckpointError: no checkpoint there, or one that is damaged or not complete.
     """
-    inside, mesh = Path(folder).expanduser() / "checkpoints", make_mesh(jax.devices()[:1])
-    checkpoints = inside if inside.is_dir() else Path(folder).expanduser()
+    checkpoints, mesh = checkpoints_folder(folder), make_mesh(jax.devices()[:1])
     info = read_info(checkpoints, step)
     state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
     model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))
