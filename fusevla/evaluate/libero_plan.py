@@ -19,11 +19,13 @@ _GOAL: Final = re.compile(r"\(:goal\s*\(and\s*\((?P<relation>in|on) (?P<item>\S+
 
 @dataclasses.dataclass(frozen=True)
 class PickAndPlace:
-    """``item`` has to get ``relation`` (in, on) ``target``, both by their names in the simulator; ``plans`` says so in two steps."""
+    """``item`` has to get ``relation`` (in, on) ``target``, both by the simulator's names; ``plans`` says so in two steps."""
 
     item: str
     relation: str
     target: str
+    noun: str
+    """What the item is called."""
     plans: tuple[str, str]
 
 
@@ -33,7 +35,7 @@ def pick_and_place(task: Task) -> PickAndPlace | None:
     if said is None or goal is None:
         return None
     plans = f"pick up the {said['which']}", f"place the {said['noun']} {said['where']}"
-    return PickAndPlace(goal["item"], goal["relation"].lower(), goal["target"], plans)
+    return PickAndPlace(goal["item"], goal["relation"].lower(), goal["target"], said["noun"], plans)
 
 
 def spoken(name: str) -> str:

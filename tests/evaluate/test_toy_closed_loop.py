@@ -14,10 +14,12 @@ from fusevla.data.prompts import parse_thought, plan_thought
 from fusevla.data.toy import expert, subgoal
 from fusevla.data.toy_world import COLORS
 from fusevla.evaluate.closed_loop_report import write_page
+from fusevla.evaluate.figures import summarize, swap_figures, wilson
 from fusevla.evaluate.film import caption, write_film
+from fusevla.evaluate.outcome import Outcome, Swap, Ticket
+from fusevla.evaluate.rollout import play, swapped_thought
 from fusevla.evaluate.toy_env import MAX_STEPS, ToyEnv
-from fusevla.evaluate.toy_figures import relation_of, summarize, swap_figures, wilson
-from fusevla.evaluate.toy_rollout import Outcome, Swap, play, swapped_thought
+from fusevla.evaluate.toy_rollout import ToyArena, relation_of
 from tests.evaluate.toy_expert import Expert
 
 SEEDS = range(40, 46)
@@ -53,13 +55,18 @@ def test_waiting_is_cut_off_and_nonsense_refused() -> None:
         env.step(np.array([np.nan, 0.0, 0.0]))
 
 
+def played(policy: Expert, swap: Swap | None = None, record: int = 0) -> list[Outcome]:
+    tickets = [Ticket((seed,), swap, number < record) for number, seed in enumerate(SEEDS)]
+    return list(play(policy, [ToyArena() for _ in range(policy.batch_size)], tickets).values())
+
+
 def comparable(outcome: Outcome) -> Outcome:
-    return dataclasses.replace(outcome, frames=[])
+    return dataclasses.replace(outcome, frames=[], ticket=Ticket(outcome.ticket.key))
 
 
 def test_a_perfect_policy_is_perfect_however_many_tables_are_played_at_once() -> None:
-    alone = play(Expert(1), SEEDS, record=1)
-    together = play(Expert(4), SEEDS)
+    alone = played(Expert(1), record=1)
+    together = sorted(played(Expert(4)), key=lambda outcome: outcome.ticket.key)
     assert [comparable(o) for o in alone] == together
     figures = summarize(together)
     assert (figures["success"], figures["thought_accuracy"], figures["thought_exact"], figures["faithfulness"]) == (1, 1, 1, 1)
@@ -71,14 +78,14 @@ def test_a_perfect_policy_is_perfect_however_many_tables_are_played_at_once() ->
 
 
 def test_true_to_a_wrong_thought_is_faithful_and_fails() -> None:
-    figures = summarize(play(Expert(3, wrong=True), SEEDS))
+    figures = summarize(played(Expert(3, wrong=True)))
     assert (figures["success"], figures["thought_accuracy"], figures["faithfulness"]) == (0, 0, 1)
     assert figures["success_interval"][0] == 0
 
 
 @pytest.mark.parametrize("swap", ["plan", "due"])
 def test_an_obedient_policy_takes_the_block_of_the_swapped_thought(swap) -> None:
-    found = swap_figures(play(Expert(3), SEEDS, swap=swap))
+    found = swap_figures(played(Expert(3), swap=swap))
     assert (found["episodes"], found["obeys_thought"], found["follows_instruction"]) == (len(SEEDS), 1, 0)
     assert swap_figures([])["obeys_thought"] is None
 
@@ -86,18 +93,36 @@ def test_an_obedient_policy_takes_the_block_of_the_swapped_thought(swap) -> None
 @given(st.permutations(list(COLORS)), st.integers(0, 1), st.integers(0, 99))
 def test_a_swapped_thought_is_a_thought_about_another_block_that_is_there(colors, done, seed) -> None:
     plans = [subgoal(color) for color in colors[:2]]
-    text = plan_thought(plans, done)
+    text, names = plan_thought(plans, done), [f"{color} block" for color in colors[:3]]
     kinds: tuple[Swap, ...] = ("plan", "due")
     for swap in kinds:
-        swapped, other = swapped_thought(text, colors[:3], swap, seed)
+        found = swapped_thought(text, names, swap, (seed,))
+        assert found is not None
+        swapped, other = found
         thought = parse_thought(swapped)
         assert thought is not None
-        assert thought.now == other != plans[done]
-        assert other in {subgoal(color) for color in colors[:3]} - set(plans[:done])
+        assert thought.now == subgoal(other.removesuffix(" block")) != plans[done]
+        assert other in names
+        assert subgoal(other.removesuffix(" block")) not in plans[:done]
         assert thought.done == tuple(plans[:done])
         assert (thought.plans == tuple(plans)) == (swap == "due")
-    with pytest.raises(ValueError, match="expected a thought with something due"):
-        swapped_thought(plan_thought(plans, 2), colors[:3], "plan", seed)
+
+
+def test_what_cannot_be_swapped_stays() -> None:
+    plans = [subgoal("red"), subgoal("blue")]
+    assert swapped_thought(plan_thought(plans, 2), ["red block", "blue block"], "plan", (0,)) is None
+    assert swapped_thought("no thought", ["red block"], "plan", (0,)) is None
+    assert swapped_thought(plan_thought(plans, 0), ["red block"], "plan", (0,)) is None
+    assert swapped_thought(plan_thought(plans, 0), ["green block", "grey block"], "plan", (0,)) is None
+
+
+def test_longer_names_are_not_taken_for_shorter_ones() -> None:
+    plans = ["pick up the cream cheese", "place the cream cheese in the basket"]
+    swapped = swapped_thought(plan_thought(plans, 0), ["cream", "cream cheese", "cheese"], "plan", (0,))
+    assert swapped is None  # both others are in it
+    text, other = swapped_thought(plan_thought(plans, 0), ["cream cheese", "ketchup"], "plan", (0,)) or ("", "")
+    assert other == "ketchup"
+    assert text == plan_thought([plan.replace("cream cheese", "ketchup") for plan in plans], 0)
 
 
 def test_wilson_intervals() -> None:
@@ -122,16 +147,16 @@ def test_relations_are_read_from_the_task() -> None:
 
 
 def test_pages_escape_and_name_what_failed(tmp_path: Path) -> None:
-    bad = Outcome(7, task="<script>x</script>", grasps=[("put <b>", None)])
-    good = Outcome(8, task="fine", success=True)
-    figures = {"success": 0.5, "success_interval": (0.1, 0.9), "n": None}
-    write_page(tmp_path / "r.html", "toy", figures, {"a.mp4": good}, [bad, good])
+    bad = Outcome(Ticket((7,)), task="<script>x</script>", grasps=[("put <b>", None)])
+    good = Outcome(Ticket((8,)), task="fine", success=True, film="a.mp4")
+    tasks = {"a <b>": {"episodes": 2, "success": 0.5, "success_interval": (0.1, 0.9)}}
+    write_page(tmp_path / "r.html", "toy", {"success": 0.5, "n": None, "per_task": tasks}, [bad, good], ["p.png"])
     page = (tmp_path / "r.html").read_text()
     assert "<script>x" not in page
     assert "&lt;script&gt;x" in page
     assert "put &lt;b&gt; (none)" in page
-    assert "0.100 to 0.900" in page
-    assert page.count("<video") == 1
+    assert "<td>a &lt;b&gt;</td><td>2</td><td>0.500</td><td>0.100 to 0.900</td>" in page
+    assert page.count("<video") == page.count("<img") == 1
 
 
 def test_films_play(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from fusevla.data.prompts import parse_thought, plan_thought
 from fusevla.data.toy import expert, subgoal
 from fusevla.evaluate.toy_env import ToyEnv
-from fusevla.evaluate.toy_rollout import EXECUTED
+from fusevla.evaluate.toy_rollout import ToyArena
 from fusevla.policy.policy import Query, Reply
 
 
@@ -35,7 +35,7 @@ class Expert:
             return Reply(query.agent.after_thought(text, True), thought=text)
         target = [subgoal(color) for color in info["colors"]].index(thought.now)
         actions = []
-        for _ in range(EXECUTED):
+        for _ in range(ToyArena.executed):
             actions.append(expert(env._world, target))
             env.step(actions[-1])
         return Reply(query.agent.after_action(), actions=np.array([*actions, *actions], np.float32))
