@@ -18,9 +18,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from fusevla.arrays import Float
+from fusevla.data.annotation_write import episode_annotation
 from fusevla.data.lerobot import EpisodeFrames, write_lerobot_v21
 from fusevla.data.normalize import NormStats, save_norm_stats
-from fusevla.data.prompts import initial_content, plan_thought, with_instruction
 from fusevla.data.toy_world import MAX_STEP, REACH, TABLE, World, draw, over_tray, random_world, state, step
 
 Kind = Literal["plans", "looks", "base"]
@@ -204,33 +204,8 @@ def annotation(episode: Episode) -> dict[str, Any]:
     Where nothing is done (a vision-language episode) the first thought is due all the time.
     """
     plans = [subgoal(episode.worlds[0].colors[block]) for block in episode.plan]
-    contents = [initial_content(episode.task)]
-    contents += [with_instruction(episode.task, plan_thought(plans, done)) for done in range(len(plans) + 1)]
-    starts = (0, *episode.placed_at)
-    ends = (*episode.opened_at, -1)
-    segments = []
-    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        thought = plan_thought(plans, number)
-        segments.append(_segment(start, end, contents[number]) | {"updated_content": thought} | _full(contents[number + 1]))
-        if end != -1:
-            segments.append(_segment(end, starts[number + 1], contents[number + 1]))
-    start_ends = episode.opened_at[0] if episode.opened_at else len(episode)
-    return {"episode_start_interval": [0, start_ends], "segments": segments}
-
-
-def _full(content: str) -> dict[str, str]:
-    return {"updated_content_w_instruction": content}
-
-
-def _segment(start: int, end: int, content: str) -> dict[str, Any]:
-    return {
-        "start_step": start,
-        "end_step": end,
-        "reference_start_step": 0,
-        "reference_end_step": end if start == 0 else start,
-        "content": content,
-        "updated_content": None,
-    }
+    thinks = list(zip((0, *episode.placed_at), (*episode.opened_at, -1), strict=True))
+    return episode_annotation(episode.task, plans, thinks, len(episode))
 
 
 def episodes(kind: Kind, count: int, seed: int) -> Iterator[Episode]:
