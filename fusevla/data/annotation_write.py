@@ -1,5 +1,6 @@
 """Records of ``cot_simple.json``: which thought is due when, in the words of ``prompts``."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def episode_annotation(task: str, plans: Sequence[str], thinks: Sequence[tuple[i
             f"episode_annotation: expected {len(plans) + 1} thoughts from frame 0 to the end (-1), got {list(thinks)}"
         )
     edges = [edge for start, end in thinks for edge in (start, length if end == -1 else end)]
-    if any(after <= before for before, after in zip(edges, edges[1:], strict=False)) or any(end == -1 for _, end in thinks[:-1]):
+    if any(after <= before for before, after in itertools.pairwise(edges)) or any(end == -1 for _, end in thinks[:-1]):
         raise ValueError(f"episode_annotation: expected intervals in order within {length} frames, got {list(thinks)}")
     contents = [initial_content(task)]
     contents += [with_instruction(task, plan_thought(plans, done)) for done in range(len(plans) + 1)]
