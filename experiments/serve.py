@@ -17,7 +17,6 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,8 +59,12 @@ class Args:
     """Seconds after which a silent client is let go."""
     warm_up: bool = True
     """Compile for every length of text before listening; else the first requests wait for it."""
+    temperature: float = 0.0
+    """Of thoughts; 0 always writes the likeliest token."""
+    merge_lora: bool = True
+    """Add the adapters to their weights: quicker, and the same up to the rounding of the dtype that the model computes in."""
     seed: int = 0
-    """Of the noise that actions start from."""
+    """Of the noise that actions start from, and of thoughts that are drawn."""
 
 
 def check(args: Args) -> list[str]:
@@ -75,29 +78,31 @@ def check(args: Args) -> list[str]:
     if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
         wrong.append("--token: expected ASCII characters without spaces, at least one")
     positive = ("batch", "max_connections", "max_request_mb", "queue", "timeout", "idle_timeout")
-    wrong += [f"--{name.replace('_', '-')}: expected more than 0" for name in positive if getattr(args, name) <= 0]
-    if args.gather_ms < 0:
-        wrong.append("--gather-ms: expected 0 or more")
+    bounds = [(name, "more than 0", getattr(args, name) > 0) for name in positive]
+    bounds += [(name, "0 or more", getattr(args, name) >= 0) for name in ("gather_ms", "temperature")]
+    wrong += [f"--{name.replace('_', '-')}: expected {bound}" for name, bound, good in bounds if not good]
     return wrong
 
 
-def load(args: Args) -> list["Policy"]:
+def load(args: Args) -> "Policy":
     """The policy of the checkpoint, compiled for one query and for ``--batch``. Raises ``CheckpointError``."""
     from fusevla.policy.load import load_policy
     from fusevla.policy.policy import policy_of
 
     model, info = load_policy(args.checkpoint, args.step)
-    policies = [policy_of(model, info, batch_size=size) for size in sorted({1, args.batch})]
-    for policy in policies if args.warm_up else []:
+    policy = policy_of(model, info, merge=args.merge_lora, batch_size=args.batch, smaller=(1,), temperature=args.temperature)
+    if args.warm_up:
         began = time.perf_counter()
         lengths = ", ".join(map(str, warm_up(policy)))
-        took = time.perf_counter() - began
-        print(f"compiled a pass of {policy.batch_size} for texts of up to {lengths} tokens in {took:.1f} s", flush=True)
-    return policies
+        print(f"compiled for texts of up to {lengths} tokens in {time.perf_counter() - began:.1f} s", flush=True)
+    return policy
 
 
 def warm_up(policy: "Policy") -> list[int]:
-    """One thought and one chunk of actions for each text bucket that a prompt can fall into; returns the buckets."""
+    """A thought and a chunk of actions for one query and for many, for each text bucket that a prompt can fall into.
+
+    Returns the buckets.
+    """
     import numpy as np
 
     from fusevla.data.batch import bucket_for
@@ -117,15 +122,16 @@ def warm_up(policy: "Policy") -> list[int]:
         if bucket not in done:
             acts = dataclasses.replace(thinks, in_a_row=MAX_THOUGHTS)
             for agent in (thinks, acts):
-                policy([Query(agent, images, state)])
+                for size in {1, policy.batch_size}:
+                    policy([Query(agent, images, state)] * size)
             done.append(bucket)
         if bucket == max(data.text_buckets):
             break
     return done
 
 
-def make_server(args: Args, policies: Sequence["Policy"]) -> "PolicyServer":
-    """The server around them; a pass takes the first, and thus the smallest, that has room for its queries."""
+def make_server(args: Args, policy: "Policy") -> "PolicyServer":
+    """The server around it."""
     from fusevla.policy.messages import metadata, takes
     from fusevla.policy.server import Options, PolicyServer
 
@@ -142,12 +148,10 @@ def make_server(args: Args, policies: Sequence["Policy"]) -> "PolicyServer":
         idle_timeout=args.idle_timeout,
         seed=args.seed,
     )
-    answer = lambda queries: next(policy for policy in policies if len(queries) <= policy.batch_size)(queries)
-    largest = policies[-1]
-    return PolicyServer(answer, largest.batch_size, takes(largest), metadata(largest, args.expose_thinking), options)
+    return PolicyServer(policy, takes(policy), metadata(policy, args.expose_thinking), options)
 
 
-async def serve(args: Args, policies: Sequence["Policy"]) -> None:
+async def serve(args: Args, policy: "Policy") -> None:
     """Until SIGINT or SIGTERM."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -161,7 +165,7 @@ async def serve(args: Args, policies: Sequence["Policy"]) -> None:
         loop.add_signal_handler(number, stop_once)
     if not is_loopback(args.host) and args.token is None:
         print(f"warning: anyone who reaches {args.host} may use this policy; give a --token", file=sys.stderr)
-    await make_server(args, policies).run(stop, lambda port: print(f"listening on ws://{args.host}:{port}", flush=True))
+    await make_server(args, policy).run(stop, lambda port: print(f"listening on ws://{args.host}:{port}", flush=True))
 
 
 def is_loopback(host: str) -> bool:

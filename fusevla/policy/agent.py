@@ -36,13 +36,16 @@ class Agent:
         """Character for character as in training."""
         return initial_content(self.task) if self.thought is None else with_instruction(self.task, self.thought)
 
+    @property
+    def must_think(self) -> bool:
+        """Whether the next query thinks whatever the model wants."""
+        return self.queries == 0 and self.in_a_row < MAX_THOUGHTS
+
     def decide(self, logits: Float[np.ndarray, "2"]) -> Choice:
         """What this query does, given the logits of (reason, act) at END_OF_PREFIX."""
-        if self.in_a_row >= MAX_THOUGHTS:
-            return "act"
-        if self.queries == 0 or logits[0] > logits[1]:
+        if self.must_think:
             return "reason"
-        return "act"
+        return "reason" if self.in_a_row < MAX_THOUGHTS and logits[0] > logits[1] else "act"
 
     def after_thought(self, text: str, finished: bool) -> "Agent":
         """After the model wrote ``text``; ``finished`` says whether it came to an end by itself.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusevla.arrays import Array, Bool, Float, Int, Key, Observation
+from fusevla.arrays import Array, Bool, Float, Int, Observation
 from fusevla.model.fuse import Pi0Fuse, Prefix, embed_actions, embed_prefix, embed_time, velocity
 from fusevla.model.gemma import KVCache, Modulations, Stream, modulations_at, transformer, with_modulations
 from fusevla.model.masks import attention_mask, blocks_after_cache, positions, prefix_of
@@ -21,8 +21,6 @@ from fusevla.tokens.protocol import protocol_ids
 
 MAX_NEW_TOKENS = 256
 NEVER = -1e30
-Decoding = tuple[jax.Array, jax.Array, jax.Array, "Prefilled"]
-"""While text is decoded: step, which samples are done, tokens so far, state."""
 Score = Callable[[Observation, Float[Array, "b k h a"]], Float[Array, "b k"]]
 """How good each candidate chunk is for what is seen (its text holds the thought); a pure function, higher is better."""
 
@@ -43,6 +41,17 @@ class Prefilled(eqx.Module):
     decision: Float[Array, "b 2"]
     reserve: int = eqx.field(static=True)
     """Slots that were free behind the prefix."""
+
+
+class Decoding(eqx.Module):
+    """Text that is being written: ``step`` tokens of it, which samples have come to their end, and what has been read."""
+
+    step: Int[Array, ""]
+    done: Bool[Array, " b"]
+    tokens: Int[Array, "b t"]
+    state: Prefilled
+    began: Int[Array, " b"]
+    """The samples' lengths without it."""
 
 
 class Reasoned(eqx.Module):
@@ -112,47 +121,69 @@ def reason(
     state: Prefilled,
     max_new_tokens: int = MAX_NEW_TOKENS,
     *,
-    key: Key | None = None,
+    seeds: Int[Array, " b"] | None = None,
     temperature: float = 0.0,
     active: Bool[Array, " b"] | None = None,
 ) -> tuple[Reasoned, Prefilled]:
     """Decodes a thought for every sample: BEGIN_OF_REASONING forced first, protocol tokens never inside the text.
 
-    Greedy at temperature 0, else sampled with ``key``. Each sample stops at its own EOS; the loop ends when all have.
-    Samples that are not ``active`` (default: all are) write nothing but PAD, stay as they were, and are waited for by nobody.
-    ``max_new_tokens`` counts BEGIN_OF_REASONING and must fit the cache's reserve.
+    Greedy at temperature 0, else drawn with each sample's own seed (int32). Each sample stops at its own EOS; the loop ends when
+    all have. Samples that are not ``active`` (default: all are) write nothing but PAD, stay as they were, and are waited for by
+    nobody. ``max_new_tokens`` counts BEGIN_OF_REASONING and must fit the cache's reserve.
     """
+    begun = begin_text(model, state, max_new_tokens, active)
+    written = continue_text(model, begun, max_new_tokens, seeds=seeds, temperature=temperature)
+    return reasoned(written), written.state
+
+
+def begin_text(model: Pi0Fuse, state: Prefilled, max_new_tokens: int, active: Bool[Array, " b"] | None = None) -> Decoding:
+    """No token of a thought yet; the parameters are those of ``reason``."""
     if max_new_tokens > state.reserve:
         raise ValueError(f"reason: {max_new_tokens} new tokens do not fit the {state.reserve} slots that prefill reserved")
     batch = state.length.shape[0]
-    ids = protocol_ids(model.config.vocab_size)
-    keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
-    out = jnp.full((batch, max_new_tokens), ids.pad, jnp.int32)
-
-    def unfinished(carry: Decoding) -> jax.Array:
-        step, done, *_ = carry
-        return (step < max_new_tokens) & jnp.logical_not(jnp.all(done))
-
-    def decode(carry: Decoding) -> Decoding:
-        step, done, out, state = carry
-        choice = choose_token(state, keys[step], temperature)
-        token = jnp.where(done, ids.pad, jnp.where(step == 0, ids.bor, choice))
-        state = append_token(model, state, token, jnp.logical_not(done))
-        return step + 1, done | (token == ids.eos), out.at[:, step].set(token), state
-
     idle = jnp.zeros(batch, bool) if active is None else jnp.logical_not(active)
-    start = (jnp.int32(0), idle, out, state)
-    _, done, out, after = jax.lax.while_loop(unfinished, decode, start)
-    return Reasoned(out, after.length - state.length, done), after
+    tokens = jnp.full((batch, max_new_tokens), protocol_ids(model.config.vocab_size).pad, jnp.int32)
+    return Decoding(jnp.int32(0), idle, tokens, state, state.length)
 
 
-def choose_token(state: Prefilled, key: Key | None = None, temperature: float = 0.0) -> Int[Array, " b"]:
-    """The next token of a thought (int32), never a protocol token: the likeliest at temperature 0, else drawn with ``key``."""
+def continue_text(
+    model: Pi0Fuse, text: Decoding, steps: int, *, seeds: Int[Array, " b"] | None = None, temperature: float = 0.0
+) -> Decoding:
+    """Up to ``steps`` tokens more: a thought in pieces is the same thought, and others may have the device in between."""
+    ids = protocol_ids(model.config.vocab_size)
+    end = jnp.minimum(text.step + steps, text.tokens.shape[1])
+
+    def unfinished(text: Decoding) -> jax.Array:
+        return (jnp.asarray(text.step) < end) & jnp.logical_not(jnp.all(text.done))
+
+    def decode(text: Decoding) -> Decoding:
+        keys = None if seeds is None else jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), text.step))(seeds)
+        choice = choose_token(text.state, keys, temperature)
+        token = jnp.where(text.done, ids.pad, jnp.where(text.step == 0, ids.bor, choice))
+        state = append_token(model, text.state, token, jnp.logical_not(text.done))
+        tokens = jnp.asarray(text.tokens).at[:, text.step].set(token)
+        return Decoding(text.step + 1, text.done | (token == ids.eos), tokens, state, text.began)
+
+    return jax.lax.while_loop(unfinished, decode, text)
+
+
+def reasoned(text: Decoding) -> Reasoned:
+    """What has been written so far."""
+    return Reasoned(text.tokens, text.state.length - text.began, text.done)
+
+
+def choose_token(state: Prefilled, keys: Array | None = None, temperature: float = 0.0) -> Int[Array, " b"]:
+    """The next token of a thought (int32), never a protocol token: the likeliest at temperature 0, else drawn.
+
+    ``keys`` [b] are needed for drawing, one for each sample: what others draw changes nothing.
+    """
     ids = protocol_ids(state.logits.shape[1])
     logits = jnp.asarray(state.logits).at[:, jnp.array(ids.protocol)].set(NEVER)
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(cast(Key, key), logits / temperature, axis=-1).astype(jnp.int32)
+    if keys is None:
+        raise ValueError(f"temperature: {temperature:g} needs a seed for each sample")
+    return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)
 
 
 def act(

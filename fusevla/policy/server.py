@@ -26,7 +26,7 @@ from websockets.http11 import Response
 from websockets.protocol import State
 
 from fusevla.policy.agent import MAX_THOUGHTS
-from fusevla.policy.batching import Answer, Batcher, PolicyError
+from fusevla.policy.batching import ActsAndThinks, Batcher, PolicyError
 from fusevla.policy.messages import Request, Session, Takes, acted, parse_request, thinking
 from fusevla.policy.policy import Reply
 from fusevla.policy.wire import WireError, pack, unpack
@@ -65,14 +65,13 @@ class Options:
 
 
 class PolicyServer:
-    """Serves any callable from queries to replies; ``run`` does it all."""
+    """Serves a ``Policy``, or a script in its place; ``run`` does it all."""
 
-    def __init__(self, policy: Answer, batch_size: int, wanted: Takes, metadata: Mapping[str, Any], options: Options):
+    def __init__(self, policy: ActsAndThinks, wanted: Takes, metadata: Mapping[str, Any], options: Options):
         """``wanted`` is what requests are checked against, ``metadata`` the map that connections begin with."""
         self.counts: Counter[str] = Counter()
         self._options, self._wanted, self._metadata = options, wanted, pack(dict(metadata))
-        gather = options.gather_seconds
-        self._batcher = Batcher(policy, batch_size, queue_size=options.queue_size, gather_seconds=gather)
+        self._batcher = Batcher(policy, queue_size=options.queue_size, gather_seconds=options.gather_seconds)
         self._open: set[ServerConnection] = set()
         self._idle: set[ServerConnection] = set()
         self._numbers = itertools.count()

@@ -32,7 +32,7 @@ def policy() -> Policy:
     preset = dataclasses.replace(PRESETS["toy"], model=config, data=data)
     one = lambda dim: NormStats(*(np.full(dim, value) for value in (0.0, 1.0, -2.0, 2.0)))
     stats = {"state": one(3), "actions": one(2)}
-    policy = Policy(tiny_model(config), preset, tokenizer, stats, batch_size=2, max_new_tokens=4)
+    policy = Policy(tiny_model(config), preset, tokenizer, stats, batch_size=2, smaller=(1,), max_new_tokens=4)
     assert warm_up(policy) == [48]
     return policy
 
@@ -83,7 +83,7 @@ def test_what_the_policy_takes_is_told_and_checked(policy: Policy, monkeypatch) 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_real_policy_until_a_signal_comes(number: int, capsys: pytest.CaptureFixture[str], policy: Policy) -> None:
     async def scenario() -> None:
-        running = asyncio.create_task(serve(Args(Path("unused"), port=0, batch=2), [policy]))
+        running = asyncio.create_task(serve(Args(Path("unused"), port=0, batch=2), policy))
         said = ""
         while "listening on ws://127.0.0.1:" not in said:
             await asyncio.sleep(0.01)

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +15,14 @@ from fusevla.policy.sampling import (
     act,
     act_best,
     append_token,
+    begin_text,
+    choose_token,
+    continue_text,
     denoise,
     euler_times,
     prefill,
     reason,
+    reasoned,
 )
 from fusevla.tokens.protocol import protocol_ids
 from tests.golden_set import F32, relative_error
@@ -80,10 +85,10 @@ def test_the_loop_ends_with_the_last_active_sample():
 
 
 @settings(max_examples=4)
-@given(st.lists(st.sampled_from([*CAMERAS, None]), min_size=4, max_size=4), seeds())
+@given(st.lists(st.sets(st.sampled_from(CAMERAS)), min_size=4, max_size=4), seeds())
 def test_each_sample_of_a_mixed_batch_is_what_it_is_alone(missing, seed):
     """Prompt lengths, missing cameras and the end of the text differ from sample to sample."""
-    masks = {name: jnp.array([name != gone for gone in missing]) for name in CAMERAS}
+    masks = {name: jnp.array([name not in gone for gone in missing]) for name in CAMERAS}
     observation = eqx.tree_at(lambda o: o.image_masks, prompts(seed=seed), masks)
     noise = jax.random.normal(jax.random.key(seed), (4, 2, 4, 5))
     together = answer(STOPPING, observation, noise)
@@ -97,7 +102,7 @@ def test_each_sample_of_a_mixed_batch_is_what_it_is_alone(missing, seed):
 
 @jax.jit
 def answer(model, observation, noise):
-    """Decision logits, actions, the smallest gap between the two best words of a greedy thought, and the thought."""
+    """Logits at the end of the prompt, actions, the smallest gap between the two best words of a thought, and the thought."""
     state = prefill(model, observation, STEPS + 1)
     written, _ = reason(model, state, STEPS)
     gaps, reading = [], state
@@ -105,7 +110,51 @@ def answer(model, observation, noise):
         reading = append_token(model, reading, written.tokens[:, step], jnp.ones(len(written.tokens), bool))
         best = jax.lax.top_k(reading.logits.at[:, jnp.array(IDS.protocol)].set(-1e9), 2)[0]
         gaps.append(best[:, 0] - best[:, 1])
-    return state.decision, act(model, state, noise, 3), jnp.min(jnp.stack(gaps), axis=0), written
+    return state.logits, act(model, state, noise, 3), jnp.min(jnp.stack(gaps), axis=0), written
+
+
+drawn = jax.jit(lambda model, state, seeds: reason(model, state, STEPS, seeds=seeds, temperature=1.5)[0])
+
+
+def test_a_drawn_thought_depends_on_its_own_seed_alone():
+    seeds = jnp.array([3, 4, 3, 4], jnp.int32)
+    together = drawn(MODEL, STATE, seeds)
+    others = drawn(MODEL, STATE, seeds.at[1:].set(jnp.array([7, 8, 9], jnp.int32)))
+    np.testing.assert_array_equal(others.tokens[0], together.tokens[0])
+    assert np.any(np.asarray(others.tokens) != together.tokens, axis=1)[1:].all()
+    alone = drawn(MODEL, encode(MODEL, jax.tree.map(lambda leaf: leaf[2:3], RENAMED), STEPS + 1), seeds[2:3])
+    np.testing.assert_array_equal(alone.tokens[0], drawn(MODEL, encode(MODEL, RENAMED, STEPS + 1), seeds).tokens[2])
+
+
+def test_words_are_drawn_as_often_as_they_are_likely():
+    rng, count = np.random.default_rng(0), 4000
+    logits = jnp.asarray(np.tile(rng.normal(0, 2, VOCAB).astype(np.float32), (count, 1))).at[:, IDS.boa].set(50.0)
+    state = eqx.tree_at(lambda s: s.logits, STATE, logits)
+    choices = np.asarray(jax.jit(choose_token, static_argnums=2)(state, jax.random.split(jax.random.key(0), count), 2.0))
+    allowed = np.delete(np.arange(VOCAB), list(IDS.protocol))
+    likely = np.asarray(jax.nn.softmax(logits[0, allowed] / 2.0))
+    found = np.bincount(choices, minlength=VOCAB) / count
+    assert set(choices) <= set(allowed.tolist())
+    np.testing.assert_allclose(found[allowed], likely, atol=5 * np.sqrt(likely.max() / count))
+
+
+def test_drawing_needs_seeds():
+    with pytest.raises(ValueError, match=r"temperature: 0.5 needs a seed"):
+        reason(MODEL, STATE, STEPS, temperature=0.5)
+
+
+def test_a_thought_in_pieces_is_the_whole_thought():
+    seeds, active = jnp.arange(4, dtype=jnp.int32), jnp.array([True, True, False, True])
+    go_on = jax.jit(lambda model, text: continue_text(model, text, 3, seeds=seeds, temperature=1.5))
+    whole, after = jax.jit(lambda m, s: reason(m, s, STEPS, seeds=seeds, temperature=1.5, active=active))(STOPPING, STATE)
+    text, steps = begin_text(STOPPING, STATE, STEPS, active), []
+    for _ in range(4):
+        text = go_on(STOPPING, text)
+        steps.append(int(text.step))
+    assert steps == [3, 6, STEPS, STEPS]
+    for ours, theirs in zip(jax.tree.leaves(reasoned(text)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert relative_error(text.state.logits, after.logits) <= F32
 
 
 def test_a_pad_that_the_model_writes_itself_counts_and_ends_nothing():

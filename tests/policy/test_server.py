@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,23 +25,31 @@ THOUGHT = plan_thought(["move"], 0)
 class Stub:
     """Thinks on the first query, then acts: every action is the first number of the state. Remembers the batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int = 8) -> None:
+        self.batch_size = batch_size
         self.batches: list[list[Query]] = []
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def __call__(self, queries: Sequence[Query]) -> list[Reply]:
+    def act(self, queries: Sequence[Query]) -> dict[int, Reply | None]:
+        self._hear(queries)
+        return {i: None if query.agent.task == "dream" else self._acted(query) for i, query in enumerate(queries)}
+
+    def think(self, queries: Sequence[Query]) -> Iterator[dict[int, Reply]]:
+        self._hear(queries)
+        yield {i: Reply(query.agent.after_thought(THOUGHT, True), thought=THOUGHT) for i, query in enumerate(queries)}
+
+    def _hear(self, queries: Sequence[Query]) -> None:
+        assert 0 < len(queries) <= self.batch_size
         self.batches.append(list(queries))
         assert self.go_on.wait(20)
-        return [self._reply(query) for query in queries]
-
-    def _reply(self, query: Query) -> Reply:
-        if query.agent.task == "too long":
+        tasks = {query.agent.task for query in queries}
+        if "too long" in tasks:
             raise ValueError("text: expected fewer words\nsecond line")
-        if query.agent.task == "crash":
+        if "crash" in tasks:
             raise RuntimeError("a secret path")
-        if query.agent.queries == 0 or query.agent.task == "dream":
-            return Reply(query.agent.after_thought(THOUGHT, True), thought=THOUGHT)
+
+    def _acted(self, query: Query) -> Reply:
         fill = np.nan if query.agent.task == "nan" else query.state[0]
         return Reply(query.agent.after_action(), actions=np.full((4, 2), fill, np.float32))
 
@@ -56,10 +64,10 @@ class Stub:
 
 
 @contextlib.asynccontextmanager
-async def serving(policy: Stub, batch_size: int = 8, **options: Any) -> AsyncIterator[tuple[int, Callable[[], Coroutine]]]:
+async def serving(policy: Stub, **options: Any) -> AsyncIterator[tuple[int, Callable[[], Coroutine]]]:
     """(port, a function that shuts down); no client's connection is left when it has returned."""
     stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
-    server = PolicyServer(policy, batch_size, TAKES, METADATA, Options(port=0, **options))
+    server = PolicyServer(policy, TAKES, METADATA, Options(port=0, **options))
     task = asyncio.create_task(server.run(stop, port.set_result))
 
     async def shut_down() -> None:
@@ -156,7 +164,7 @@ def test_what_begins_anew(messages: list[dict[str, Any]], fresh: int) -> None:
 
 def test_queries_that_wait_share_a_pass_and_everyone_gets_their_own_answer() -> None:
     async def scenario() -> None:
-        async with serving(policy, batch_size=4) as (port, _), contextlib.AsyncExitStack() as stack:
+        async with serving(policy) as (port, _), contextlib.AsyncExitStack() as stack:
             robots = [await stack.enter_async_context(Robot(port)) for _ in range(6)]
             policy.go_on.clear()
             first = asyncio.create_task(robots[0].ask(observation(0.0)))
@@ -168,7 +176,7 @@ def test_queries_that_wait_share_a_pass_and_everyone_gets_their_own_answer() -> 
             replies = await asyncio.gather(first, *others)
         assert [reply["actions"][0, 0] for reply in replies] == [0, 1, 2, 3, 4, 5]
 
-    policy = Stub()
+    policy = Stub(4)
     asyncio.run(scenario())
     assert policy.sizes[:2] == [1, 4]
     assert sum(policy.sizes) == 12
@@ -328,7 +336,7 @@ def test_no_more_clients_than_allowed_and_none_for_ever() -> None:
 def test_a_full_queue_lets_clients_wait_until_their_time_is_up() -> None:
     async def scenario() -> None:
         async with (
-            serving(policy, batch_size=1, queue_size=1, request_timeout=0.2) as (port, _),
+            serving(policy, queue_size=1, request_timeout=0.2) as (port, _),
             contextlib.AsyncExitStack() as stack,
         ):
             robots = [await stack.enter_async_context(Robot(port)) for _ in range(4)]
@@ -339,7 +347,7 @@ def test_a_full_queue_lets_clients_wait_until_their_time_is_up() -> None:
             async with Robot(port) as robot:
                 assert (await robot.ask(observation()))["actions"].shape == (4, 2)
 
-    policy = Stub()
+    policy = Stub(1)
     asyncio.run(scenario())
     assert policy.sizes == [1, 1, 1]  # who gave up is not asked about
 
@@ -368,7 +376,7 @@ def test_shutting_down_answers_what_was_asked() -> None:
 def test_shutting_down_does_not_wait_for_ever() -> None:
     async def scenario() -> None:
         stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
-        server = PolicyServer(policy, 1, TAKES, METADATA, Options(port=0, grace=0.05))
+        server = PolicyServer(policy, TAKES, METADATA, Options(port=0, grace=0.05))
         running = asyncio.create_task(server.run(stop, port.set_result))
         async with Robot(await port) as robot:
             policy.go_on.clear()
@@ -381,7 +389,7 @@ def test_shutting_down_does_not_wait_for_ever() -> None:
                 await robot.socket.recv()
         policy.go_on.set()
 
-    policy = Stub()
+    policy = Stub(1)
     asyncio.run(scenario())
 
 
@@ -400,10 +408,10 @@ def test_sixty_four_clients_of_which_every_fourth_is_hostile() -> None:
         return 0
 
     async def scenario() -> int:
-        async with serving(policy, batch_size=16, queue_size=8) as (port, _):
+        async with serving(policy, queue_size=8) as (port, _):
             return sum(await asyncio.gather(*((friendly if i % 4 else hostile)(port, i) for i in range(64))))
 
-    policy = Stub()
+    policy = Stub(16)
     assert asyncio.run(scenario()) == 48 * 4
     assert max(policy.sizes) > 4
 
