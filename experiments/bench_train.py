@@ -1,0 +1,374 @@
+"""What a training step costs in time and memory, beside a step written as openpi writes it, in the same process.
+
+    python experiments/bench_train.py --size medium --json medium.json                      # for a CPU
+    python experiments/bench_train.py --size full --json full.json                          # for a GPU of 80 GB or more
+    python experiments/bench_train.py --size full --compile-only --json compiled.json       # memory alone, anywhere
+
+``full`` is the published model in bfloat16 (batch 16 unless told otherwise), ``medium`` a narrow one with the whole vocabulary
+in float32 (batch 4), both with LoRA as in the preset libero10. The reference (fusevla.evaluate.reference_step) has a third
+camera that is masked, text padded to 415 tokens, log-probabilities of every word at every text position, einsum attention over
+the full mask, and recomputes every layer. Both sides start from the same weights and see the same samples: how far loss and
+gradient norm of their first steps differ is among the figures.
+
+Half of the samples reason, half act. Their lengths are PROMPT_OF_ACT and PROMPT_AND_THOUGHT below. Steps take turns, since other
+work on the machine disturbs both sides; figures are medians, and the fastest step is given too. Memory is what the compiler
+planned for the longest text bucket that the batches need. "flops" counts the matrix products of a step by
+fusevla.evaluate.flops: the reference's with recomputation, ours without; utilisation is ours per second over a measured matrix
+product in the compute dtype.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from fusevla.arrays import Batch
+    from fusevla.data.samples import Sample
+    from fusevla.presets import ModelConfig, Preset
+
+PROMPT_OF_ACT = (84, 84, 86, 89, 90, 90, 90, 91, 92, 95, 96, 99, 100, 101, 101, 102)
+"""Tokens from BOS to END_OF_PREFIX of acting samples (then comes one more): 16 quantiles of 11,975."""
+PROMPT_AND_THOUGHT = (
+    *((68, 40), (69, 40), (69, 40), (69, 43), (70, 43), (70, 43), (70, 43), (70, 43)),
+    *((71, 43), (72, 43), (84, 47), (85, 47), (90, 51), (91, 51), (92, 51), (101, 59)),
+)
+"""The same of reasoning samples, and tokens from BEGIN_OF_REASONING to EOS: 16 quantiles by length of 1,113.
+
+Both from 12 episodes (1,636 frames) of libero-10 with its annotations, 8 epochs of draws with the preset's options, by the
+vocabulary of Gemma (256,000 pieces), which is PaliGemma's for text."""
+BATCH_SIZE = {"medium": 4, "full": 16}
+MATRIX = {"cpu": 2048}
+"""Side of the product that gives the matrix rate, by backend; 8192 elsewhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Measure training."""
+
+    size: Literal["medium", "full"]
+    """Which model."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the figures to this file as well."""
+    batch: int | None = None
+    """Samples per step; by default 4 (medium) or 16 (full)."""
+    freeze: Literal["llm", "all_but_lora"] = "llm"
+    """What trains, on both sides."""
+    base: Literal["bf16", "int8", "nf4"] = "bf16"
+    """How ours stores frozen weights."""
+    compile_only: bool = False
+    """Plan memory, from abstract values: nothing is run, no weight is made."""
+    remat: Literal["none", "dots", "full"] | None = None
+    """What ours recomputes in the backward pass; by default as the preset."""
+    attention: Literal["plain", "xla", "cudnn"] | None = None
+    """Ours; by default as the preset."""
+    reference: bool = True
+    """Measure the reference too."""
+    batches: int = 4
+    """Different batches that are timed."""
+    repeats: int = 3
+    """Times that each batch is timed."""
+    seed: int = 0
+    """Of samples and weights."""
+
+
+def make_preset(args: Args) -> "Preset":
+    """libero10 with the chosen sizes. ValueError for what cannot be measured."""
+    from fusevla.presets import LIBERO10
+
+    if args.base != "bf16":
+        raise ValueError(f"--base {args.base}: expected bf16; quantised storage of frozen weights is not available yet")
+    size = BATCH_SIZE[args.size] if args.batch is None else args.batch
+    if size < 2 or size % 2 or min(args.batches, args.repeats) < 1:
+        raise ValueError("--batch: expected an even number of at least 2; --batches and --repeats: at least 1")
+    model = model_config(args.size)
+    model = dataclasses.replace(model, remat=args.remat or model.remat, attention=args.attention or model.attention)
+    train = dataclasses.replace(LIBERO10.train, freeze=args.freeze, batch_size=size)
+    return dataclasses.replace(LIBERO10, name=f"bench-{args.size}", model=model, train=train)
+
+
+def model_config(size: str) -> "ModelConfig":
+    """The two models."""
+    from fusevla.presets import PI05, ExpertConfig, VisionConfig
+
+    if size == "full":
+        return PI05
+    heads: dict[str, Any] = {"depth": 4, "num_heads": 4, "num_kv_heads": 1, "head_dim": 64}
+    return dataclasses.replace(
+        PI05,
+        vision=VisionConfig(width=192, depth=12, mlp_dim=768, num_heads=3),
+        language=ExpertConfig(width=256, mlp_dim=1024, lora=PI05.language.lora, **heads),
+        action=ExpertConfig(width=128, mlp_dim=512, lora=PI05.action.lora, **heads),
+        dtype="float32",
+    )
+
+
+def draw_batches(args: Args, preset: "Preset") -> list["Batch"]:
+    """Random pictures, words and actions; the lengths of real texts."""
+    import numpy as np
+
+    from fusevla.data.batch import collate
+
+    rng, size = np.random.default_rng(args.seed), preset.train.batch_size
+    batches = []
+    for _ in range(args.batches):
+        acting = [(int(rng.choice(PROMPT_OF_ACT)), 1) for _ in range(size // 2)]
+        thinking = [tuple(map(int, rng.choice(PROMPT_AND_THOUGHT))) for _ in range(size // 2)]
+        samples = [draw_sample(rng, preset, *lengths) for lengths in (*thinking, *acting)]
+        batches.append(collate(samples, preset.data.text_buckets))
+    return batches
+
+
+def draw_sample(rng: Any, preset: "Preset", prompt: int, suffix: int) -> "Sample":
+    """A sample of ``prompt + suffix`` tokens; it acts where the suffix is one token."""
+    import numpy as np
+
+    from fusevla.data.annotations import Thought
+    from fusevla.data.samples import Sample
+    from fusevla.tokens.protocol import TokenizedText, protocol_ids
+
+    model, acts = preset.model, suffix == 1
+    ids, length, side = protocol_ids(model.vocab_size), prompt + suffix, model.vision.image_size
+    tokens = rng.integers(3, ids.bor, length).astype(np.int32)
+    tokens[[0, prompt - 1, prompt]] = ids.bos, ids.eop, ids.boa if acts else ids.bor
+    causal = np.arange(length) >= prompt
+    shape = (model.action_horizon, model.action_dim)
+    return Sample(
+        images={name: rng.integers(0, 256, (side, side, 3), np.uint8) for name in preset.data.cameras},
+        state=rng.standard_normal(model.action_dim, np.float32),
+        text=TokenizedText(tokens, np.ones(length, bool), causal, causal, diffusion=acts),
+        actions=rng.standard_normal(shape, np.float32),
+        action_is_pad=np.zeros(model.action_horizon, bool),
+        thought=Thought("", None if acts else "", "act" if acts else "reason"),
+    )
+
+
+@dataclasses.dataclass
+class Side:
+    """One way to train: its batches, its executables by text length, and what they took."""
+
+    batches: list["Batch"]
+    step: Callable[..., Any]
+    loss: Callable[..., Any]
+    flops: float
+    state: Any = None
+    compiled: dict[int, Any] = dataclasses.field(default_factory=dict)
+    compile_seconds: float = 0.0
+    forward: Callable[[], Any] | None = None
+    first: dict[str, float] | None = None
+    taken: list[list[float]] = dataclasses.field(default_factory=list)
+    forward_taken: list[float] = dataclasses.field(default_factory=list)
+
+    def compile(self, state: Any, frozen: Any) -> None:
+        """An executable for every text length among the batches, donating the state as training does."""
+        import jax
+
+        from fusevla.train.sharding import make_mesh, replicated
+        from fusevla.train.step import abstract_batch
+
+        everywhere = replicated(make_mesh(jax.devices()[:1]))
+        jitted = jax.jit(self.step, donate_argnums=0)
+        for length in sorted({text_length(batch) for batch in self.batches}):
+            began = time.perf_counter()
+            self.compiled[length] = jitted.lower(state, frozen, abstract_batch(self.batches[0], length, everywhere)).compile()
+            self.compile_seconds = max(self.compile_seconds, time.perf_counter() - began)
+
+    def run(self, batch: "Batch", frozen: Any) -> tuple[float, dict[str, Any]]:
+        """Seconds of a step, and its metrics."""
+        import jax
+
+        began = time.perf_counter()
+        self.state, metrics = self.compiled[text_length(batch)](self.state, frozen, batch)
+        jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - began, metrics
+
+
+def text_length(batch: "Batch") -> int:
+    """Tokens that the texts of a batch are padded to."""
+    return int(batch.observation.tokens.shape[1])
+
+
+def make_sides(args: Args, preset: "Preset") -> dict[str, Side]:
+    """Both ways to train on the same samples."""
+    from fusevla.evaluate.flops import Workload, train_flops
+    from fusevla.evaluate.reference_step import reference_batch, reference_loss, reference_step
+    from fusevla.losses import joint_loss
+    from fusevla.train.step import train_step
+
+    batches, size, cameras = draw_batches(args, preset), preset.train.batch_size, len(preset.data.cameras)
+    longest, head = max(map(text_length, batches)), max(int(batch.token_loss_mask.sum()) for batch in batches)
+    count = partial(train_flops, preset.model, preset.train.freeze)
+    loss = lambda *inputs: joint_loss(*inputs)[0]
+    sides = {"ours": Side(batches, partial(train_step, config=preset.train), loss, count(Workload(size, cameras, longest, head)))}
+    if args.reference:
+        wide = [reference_batch(batch) for batch in batches]
+        length = text_length(wide[0])
+        flops = count(Workload(size, cameras + 1, length, size * (length - 1)), recomputed=True)
+        sides["reference"] = Side(wide, partial(reference_step, config=preset.train), reference_loss, flops)
+    return sides
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Everything; returns the figures."""
+    import jax
+
+    from fusevla.evaluate.machine import versions
+
+    preset = make_preset(args)
+    sides = make_sides(args, preset)
+    rate = None
+    if args.compile_only:
+        compile_abstract(preset, sides)
+    else:
+        rate = measure(args, preset, sides)
+    figures: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "size": args.size,
+        "batch": preset.train.batch_size,
+        "freeze": args.freeze,
+        "base": args.base,
+        "remat": preset.model.remat,
+        "attention": preset.model.attention,
+        "dtype": preset.model.dtype,
+        "text": [text_length(batch) for batch in sides["ours"].batches],
+        "matrix_flops_per_second": rate,
+    }
+    figures |= {name: summarize(side, preset.train.batch_size, sides["ours"].flops, rate) for name, side in sides.items()}
+    return figures | compare(figures, sides) | {"versions": versions()}
+
+
+def compile_abstract(preset: "Preset", sides: dict[str, Side]) -> None:
+    """Compiles both for shapes; only the longest text, which decides about memory."""
+    from fusevla.model import fuse
+    from fusevla.train.freeze import partition
+    from fusevla.train.job import abstract_state
+
+    state, frozen = abstract_state(preset), partition(fuse.abstract(preset.model), preset.train.freeze)[1]
+    for side in sides.values():
+        side.batches = [max(side.batches, key=text_length)]
+        side.compile(state, frozen)
+
+
+def measure(args: Args, preset: "Preset", sides: dict[str, Side]) -> float:
+    """Times steps and forward passes of the sides in turn; returns the device's matrix rate."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    from fusevla.evaluate.flops import matrix_rate
+    from fusevla.train.job import make_model, training_key
+    from fusevla.train.optim import make_optimizer
+    from fusevla.train.sharding import make_mesh
+    from fusevla.train.state import init_state
+
+    trainable, frozen = make_model(preset, None, make_mesh(jax.devices()[:1]))
+    model, key = eqx.combine(trainable, frozen), jax.random.key(args.seed)
+    for side in sides.values():
+        side.batches = [jax.device_put(batch) for batch in side.batches]
+        side.forward = partial(jax.jit(side.loss), model, side.batches[0], key)
+        jax.block_until_ready(side.forward())
+    time_forward(sides, args.repeats)
+    for side in sides.values():
+        side.forward = None
+        own = jax.tree.map(jnp.copy, trainable)
+        side.state = init_state(own, make_optimizer(preset.train), training_key(preset))
+        side.compile(side.state, frozen)
+    del model, trainable
+    time_steps(sides, frozen, args.repeats)
+    return matrix_rate(preset.model.dtype, MATRIX.get(jax.default_backend(), 8192), 10, time.perf_counter)
+
+
+def time_forward(sides: dict[str, Side], repeats: int) -> None:
+    """Forward passes on the first batch, in turn."""
+    import jax
+
+    for _ in range(repeats):
+        for side in sides.values():
+            assert side.forward is not None
+            began = time.perf_counter()
+            jax.block_until_ready(side.forward())
+            side.forward_taken.append(time.perf_counter() - began)
+
+
+def time_steps(sides: dict[str, Side], frozen: Any, repeats: int) -> None:
+    """Steps on every batch, in turn. The first on each batch is not timed; the very first is compared."""
+    for index in range(len(sides["ours"].batches)):
+        for side in sides.values():
+            _, metrics = side.run(side.batches[index], frozen)
+            side.first = side.first or {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+            side.taken.append([])
+        for _ in range(repeats):
+            for side in sides.values():
+                side.taken[index].append(side.run(side.batches[index], frozen)[0])
+
+
+def summarize(side: Side, size: int, useful: float, rate: float | None) -> dict[str, Any]:
+    """A side's figures; seconds are means over batches of each batch's median."""
+    memory = side.compiled[max(side.compiled)].memory_analysis()
+    seconds = statistics.mean(map(statistics.median, side.taken)) if side.taken else None
+    return {
+        "samples_per_second": size / seconds if seconds else None,
+        "step_seconds": seconds,
+        "step_seconds_min": statistics.mean(map(min, side.taken)) if side.taken else None,
+        "forward_seconds": statistics.median(side.forward_taken) if side.forward_taken else None,
+        "compile_seconds": side.compile_seconds,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "flops": side.flops,
+        "utilisation": useful / seconds / rate if seconds and rate else None,
+        "first_step": side.first,
+    }
+
+
+def compare(figures: dict[str, Any], sides: dict[str, Side]) -> dict[str, Any]:
+    """Ours over the reference: samples per second, memory, and how far the first steps' numbers are apart."""
+    if "reference" not in sides:
+        return {"ratio": None}
+    ours, other = figures["ours"], figures["reference"]
+    total = lambda side: side["argument_bytes"] + side["temp_bytes"]
+    result: dict[str, Any] = {"ratio": None, "memory_ratio": total(ours) / total(other)}
+    if ours["step_seconds"]:
+        result["ratio"] = other["step_seconds"] / ours["step_seconds"]
+        result["ratio_of_fastest"] = other["step_seconds_min"] / ours["step_seconds_min"]
+        for name, value in other["first_step"].items():
+            result[f"{name}_difference"] = abs(ours["first_step"][name] - value) / abs(value)
+    return result
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the figures as a table."""
+    ours, other = figures["ours"], figures.get("reference", {})
+    print(f"{'':<24} {'ours':>14} {'reference':>14}")
+    for name in ours:
+        cells = [side.get(name) for side in (ours, other)]
+        if isinstance(cells[0], int | float):
+            print(f"{name:<24} {cells[0]:14.4g} {cells[1] if cells[1] is None else format(cells[1], '14.4g')!s:>14}")
+    for name, value in figures.items():
+        if not isinstance(value, dict) and value is not None:
+            print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+
+
+def main() -> None:
+    """The command line."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        figures = run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    show(figures)
+    if args.json:
+        from fusevla.files import write_whole
+
+        write_whole(args.json, (json.dumps(figures, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
