@@ -113,7 +113,7 @@ def load(args: Args, job: "Job", step: int | None) -> "Policy":
     else:
         model, info = load_policy(args.checkpoint, step)
     batch = min(_or(args.batch, 50 if args.suite is None else os.cpu_count() or 1), len(job.tickets))
-    policy = policy_of(model, info, batch_size=batch, max_new_tokens=info.preset.data.max_token_len)
+    policy = policy_of(model, info, batch_size=batch)
     known = None if policy.stats is None else (len(policy.stats["state"].mean), len(policy.stats["actions"].mean))
     if known not in (None, (job.state_dim, job.action_dim)):
         raise ValueError(

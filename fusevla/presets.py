@@ -268,7 +268,8 @@ TOY = Preset(
         diffusion_loss_coeff=0.07,
         flow_draws=4,
         augment=None,
-        save_every=500,
+        save_every=310,
+        keep_checkpoints=5,
     ),
 )
 """The real job in small, from the toy base in the package; no augmentation, because the wrist view measures distances.

@@ -64,9 +64,9 @@ def plot_curve(curve: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, steps = figure.subplots(), [point["step"] for point in curve]
     low, high = zip(*(point["success_interval"] for point in curve), strict=True)
-    axes.fill_between(steps, low, high, alpha=0.2, color="tab:blue", label="95% interval")
+    axes.vlines(steps, low, high, color="tab:blue", alpha=0.35, linewidth=4, label="95% interval")
     axes.plot(steps, [point["success"] for point in curve], "o-", color="tab:blue", label="success")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("training step")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -96,7 +96,8 @@ def _failure(outcome: Outcome) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "<br>".join(f"{_text(name)}: {_value(entry)}" for name, entry in value.items())
+        between = "<br>" if any(isinstance(entry, Mapping) for entry in value.values()) else ", "
+        return between.join(f"{_text(name)}: {_value(entry)}" for name, entry in value.items())
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, tuple | list):
