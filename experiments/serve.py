@@ -189,6 +189,8 @@ def main() -> None:
 
     try:
         asyncio.run(serve(args, load(args)))
+    except KeyboardInterrupt:  # while it loads and compiles; later it is a signal to stop
+        sys.exit(130)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -70,7 +70,7 @@ def parse_request(message: object, policy: Takes) -> Request:
     needed = ["prompt", STATE, *(_key(camera) for camera in policy.cameras)]
     absent = [key for key in needed if key not in message]
     if absent:
-        raise WireError(f"request: expected the keys {needed}, missing {absent}")
+        raise WireError(f"request: expected the keys {needed} (None for a camera that the robot has not), missing {absent}")
     images = {camera: _image(message[_key(camera)], _key(camera)) for camera in policy.cameras}
     return Request(_prompt(message["prompt"]), images, _state(message[STATE], policy.state_dims), reset, warm_up)
 
@@ -87,12 +87,11 @@ def _flag(message: Mapping[Any, Any], key: str) -> bool:
 
 
 def _prompt(value: object) -> str:
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_PROMPT:
-        got = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
+    text = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_PROMPT:
+        got = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
         raise WireError(f"prompt: expected a text of 1 to {MAX_PROMPT} characters, got {got}")
-    return str(value)
+    return str(text)
 
 
 def _image(value: object, key: str) -> UInt8[np.ndarray, "h w 3"] | None:

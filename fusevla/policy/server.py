@@ -124,6 +124,9 @@ class PolicyServer:
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "Expected the header Authorization: Api-Key TOKEN.\n")
         if path == "/metrics":
             return connection.respond(http.HTTPStatus.OK, self.metrics())
+        if _is_foreign_page(request):
+            self.counts["refused_origin"] += 1
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "Expected a robot, not a page of another site.\n")
         if len(self._open) >= self._options.max_connections:
             self.counts["refused_full"] += 1
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "Too many clients; try again later.\n")
@@ -148,6 +151,10 @@ class PolicyServer:
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One client from its metadata to its end; nothing that happens here reaches another."""
+        if len(self._open) >= self._options.max_connections:  # several may have shaken hands at once
+            self.counts["refused_full"] += 1
+            await connection.close(1013, "too many clients; try again later")
+            return
         number = next(self._numbers)
         self.counts["connections"] += 1
         LOG.info("client %d: connected from %s", number, connection.remote_address)
@@ -241,3 +248,9 @@ class PolicyServer:
                 raise PolicyError("client: gone while the policy was thinking")
             query = dataclasses.replace(query, agent=reply.agent, seed=(*session.seed, session.asked))
         raise PolicyError(f"policy: no actions after {MAX_THOUGHTS + 2} thoughts")
+
+
+def _is_foreign_page(request: HttpRequest) -> bool:
+    """Whether a browser asks on behalf of another site: any page that is read on this machine could reach the loopback."""
+    origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
+    return any(origin.partition("://")[2] not in hosts for origin in origins)

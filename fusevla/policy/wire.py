@@ -17,7 +17,7 @@ __all__ = ["MAX_CONTAINERS", "WireError", "pack", "unpack"]
 MAX_CONTAINERS: Final = 512
 """Maps and lists in one message; an observation has about ten."""
 _MAX_ENTRIES: Final = 1024
-_MAX_TEXT: Final = 1 << 16
+_MAX_SCALAR: Final = 1 << 16
 _REFUSED: Final = "VOc"
 _DTYPE = re.compile(r"[<>|=]?[biufSUmM]\d{1,9}(\[\w+\])?")
 
@@ -57,12 +57,13 @@ def unpack(data: bytes) -> Any:
             ext_hook=_no_extension,
             max_array_len=_MAX_ENTRIES,
             max_map_len=_MAX_ENTRIES,
-            max_str_len=_MAX_TEXT,
         )
     except WireError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
-        raise WireError(f"message: expected one msgpack map, got {len(data)} bytes that are none: {error}") from error
+        raise WireError(
+            f"message: expected one msgpack map, lists of at most {_MAX_ENTRIES}; of {len(data)} bytes: {error}"
+        ) from error
 
 
 def _packed(value: object) -> dict[bytes, Any]:
@@ -97,11 +98,18 @@ def _array(dtype: np.dtype, data: object, shape: object) -> np.ndarray:
         raise WireError("array: expected a shape of at most 8 sizes >= 0")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise WireError(f"array: {shape} of {dtype.str} takes {math.prod(shape) * dtype.itemsize} bytes, got {len(data)}")
+    if dtype.kind == "U" and not _is_unicode(np.frombuffer(data, dtype.byteorder + "u4")):
+        raise WireError("array: expected text, got what is no Unicode")
     return np.ndarray(shape, dtype, buffer=data)
 
 
+def _is_unicode(codes: np.ndarray) -> bool:
+    """What is none makes Python's strings fail in unforeseen places."""
+    return not np.any((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000)))
+
+
 def _scalar(dtype: np.dtype, data: object) -> Any:
-    if not isinstance(data, bool | int | float | str | bytes) or dtype.itemsize > _MAX_TEXT:
+    if not isinstance(data, bool | int | float | str | bytes) or dtype.itemsize > _MAX_SCALAR:
         raise WireError(f"scalar: expected a value of dtype {dtype.str[:20]}, got {type(data).__name__}")
     return np.array(data, dtype)[()]
 

@@ -90,6 +90,8 @@ REFUSED = {
     "too many bytes": array(shape=[1]),
     "absurd size": array(shape=[2**40, 2**40]),
     "absurd and empty": array(shape=[2**62, 2**62, 0], data=b""),
+    "surrogate": array(dtype="<U2", shape=[1], data=b"a\0\0\0\0\xd8\0\0"),
+    "beyond Unicode": array(dtype=">U1", shape=[], data=b"\0\x11\0\0"),
     "fractions": array(shape=[2.0]),
     "booleans": array(shape=[True, 2]),
     "many dimensions": array(shape=[1] * 9 + [2]),
@@ -102,7 +104,6 @@ REFUSED = {
     "extension": msgpack.ExtType(4, b"x"),
     "many maps": [{} for _ in range(MAX_CONTAINERS)],
     "long list": [0] * 5000,
-    "long text": "a" * 100_000,
 }
 
 
