@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -221,9 +220,7 @@ def run(args: Args) -> dict[str, Any]:
         next(loader)
         first_batch = time.perf_counter() - began
     with contextlib.ExitStack() as stack:
-        missing = None
-        if args.reference:
-            missing = add_reference(args, source, pipelines, stack)
+        missing = add_reference(args, source, pipelines, stack) if args.reference else None
         windows = alternate(args, pipelines)
     figures = {
         "data": str(args.data),
@@ -289,26 +286,12 @@ def summarize(windows: dict[str, list[Window]]) -> dict[str, float | None]:
     return figures
 
 
-def show(figures: dict[str, Any]) -> None:
-    """Prints the figures in lines."""
-    for name, value in figures.items():
-        if value is not None:
-            print(f"{name:<48} {value:.4g}" if isinstance(value, float) else f"{name:<48} {value}")
-
-
 def main() -> None:
     """The command line."""
     args = tyro.cli(Args, description=__doc__)
-    try:
-        figures = run(args)
-    except (ValueError, OSError) as error:  # LeRobotError and AnnotationError, which list every defect, are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    show(figures)
-    if args.json:
-        from fusevla.files import write_whole
+    from fusevla.evaluate.bench import publish, show
 
-        write_whole(args.json, (json.dumps(figures, indent=2) + "\n").encode())
+    publish(lambda: run(args), show, args.json)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,8 @@ Every thought has --new-tokens tokens: EOS gets the embedding of PAD, which come
 """
 
 import dataclasses
-import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -219,14 +217,14 @@ def run(args: Args) -> dict[str, Any]:
     import jax
 
     from fusevla.evaluate.machine import versions
-    from fusevla.model.fuse import merge_lora
+    from fusevla.policy.policy import merged as merge
     from fusevla.train.freeze import count_parameters, has_adapters
 
     model, preset = load(args)
     inputs = observe(args, preset)
     stages = our_stages(args, preset, model, *inputs)
     if has_adapters(model):
-        merged = our_stages(args, preset, jax.jit(merge_lora)(model), *inputs)
+        merged = our_stages(args, preset, jax.jit(merge)(model), *inputs)
         stages |= {f"merged_{name}": merged[name] for name in MERGED}
     if args.reference_repeats:
         stages |= reference_stages(args, preset, model, *inputs)
@@ -278,29 +276,21 @@ def differences(stages: dict[str, Stage]) -> dict[str, Any]:
     return figures
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(figures: Mapping[str, Any]) -> None:
     """Prints the figures in lines."""
-    for name, value in figures.items():
-        if name == "stages":
-            for stage, times in value.items():
-                print(f"{stage:<28} {times['median_ms']:10.2f} ms median {times['p90_ms']:10.2f} ms p90")
-        elif value is not None and name != "versions":
-            print(f"{name:<36} {value:.4g}" if isinstance(value, float) else f"{name:<36} {value}")
+    from fusevla.evaluate import bench
+
+    for stage, times in figures["stages"].items():
+        print(f"{stage:<48} {times['median_ms']:.4g} ms median, {times['p90_ms']:.4g} ms p90")
+    bench.show({name: value for name, value in figures.items() if name not in ("stages", "versions")})
 
 
 def main() -> None:
     """The command line."""
     args = tyro.cli(Args, description=__doc__)
-    try:
-        figures = run(args)
-    except (ValueError, OSError) as error:  # CheckpointError and RequestError are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    show(figures)
-    if args.json:
-        from fusevla.files import write_whole
+    from fusevla.evaluate.bench import publish
 
-        write_whole(args.json, (json.dumps(figures, indent=2) + "\n").encode())
+    publish(lambda: run(args), show, args.json)
 
 
 if __name__ == "__main__":
