@@ -52,7 +52,7 @@ class Args:
     max_request_mb: float = 16.0
     """Larger requests are refused."""
     queue: int = 64
-    """Queries that may wait; further clients wait to be heard."""
+    """Queries that may wait, of those who act and of those who think each; further clients wait to be heard."""
     timeout: float = 120.0
     """Seconds until a request that has no answer fails."""
     idle_timeout: float = 3600.0

@@ -151,10 +151,6 @@ class PolicyServer:
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One client from its metadata to its end; nothing that happens here reaches another."""
-        if len(self._open) >= self._options.max_connections:  # several may have shaken hands at once
-            self.counts["refused_full"] += 1
-            await connection.close(1013, "too many clients; try again later")
-            return
         number = next(self._numbers)
         self.counts["connections"] += 1
         LOG.info("client %d: connected from %s", number, connection.remote_address)
