@@ -208,15 +208,15 @@ TINY = ModelConfig(
 """The same architecture for a laptop; its vocabulary follows the tokenizer."""
 
 SMALL = ModelConfig(
-    vision=VisionConfig(width=128, depth=4, mlp_dim=384, num_heads=4, patch_size=14, image_size=112),
-    language=ExpertConfig(width=192, depth=4, mlp_dim=512, num_heads=4, head_dim=48, lora=LoraConfig(rank=8, alpha=8.0)),
-    action=ExpertConfig(width=128, depth=4, mlp_dim=384, num_heads=4, head_dim=48, lora=LoraConfig(rank=8, alpha=8.0)),
+    vision=VisionConfig(width=128, depth=3, mlp_dim=256, num_heads=4, patch_size=16, image_size=112),
+    language=ExpertConfig(width=128, depth=4, mlp_dim=256, num_heads=4, head_dim=32, lora=LoraConfig(rank=8, alpha=8.0)),
+    action=ExpertConfig(width=96, depth=4, mlp_dim=192, num_heads=4, head_dim=32, lora=LoraConfig(rank=8, alpha=8.0)),
     vocab_size=1024,
     dtype="float32",
     attention="plain",
     remat="none",
 )
-"""One task of LIBERO from nothing, at half the resolution, within an hour or two of two CPU cores."""
+"""One task of LIBERO from nothing, at half the resolution, within an hour of two CPU cores."""
 
 TOY_MODEL = ModelConfig(
     vision=VisionConfig(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=12, image_size=60),
@@ -247,9 +247,10 @@ LIBERO_SMALL = Preset(
     model=SMALL,
     data=DataConfig(max_token_len=192, text_buckets=(64, 96, 128, 192)),
     train=TrainConfig(
-        steps=4_000,
+        steps=3_600,
         batch_size=32,
-        schedule=scratch_schedule(4_000),
+        schedule=scratch_schedule(3_600),
+        ema_decay=0.995,
         freeze="none",
         flow_draws=4,
         augment=None,
