@@ -114,10 +114,10 @@ def _forward(
     mask, where = attention_mask(valid, ar), positions(valid)
     block = _recomputed(lambda tokens, layers: _block(layers, tokens, stream.cond, mask, where))
     layers = (model.language.layers, model.action.layers)
-    (prefix, actions), _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), (prefix, stream.tokens), layers)
-    prefix, _ = model.language.final_norm(prefix, None)
-    actions, _ = model.action.final_norm(actions, stream.cond)
-    return prefix[:, -text.shape[1] :], velocity(model, actions, draws=1)
+    tokens, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), (prefix, stream.tokens), layers)
+    hidden, _ = model.language.final_norm(tokens[0], None)
+    actions, _ = model.action.final_norm(tokens[1], stream.cond)
+    return hidden[:, -text.shape[1] :], velocity(model, actions, draws=1)
 
 
 def _recomputed(function: Any) -> Any:
