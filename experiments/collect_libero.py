@@ -3,9 +3,11 @@
     python experiments/collect_libero.py --suite object --tasks 0,1 --episodes 50 --first-init 0 --last-init 39 --out data/mine
     python experiments/train.py --preset libero10 --data data/mine
 
-Only pick-and-place tasks: all of libero_object and libero_spatial. OUT becomes a LeRobot v2.1 folder with cot_simple.json and
-norm_stats.json; contact_sheet.png and a film of each task are for people to look at. Every try is kept beside OUT, in
-OUT.tries, until OUT is complete: the same command again goes on where it was interrupted. Needs the extra libero.
+The expert picks and places: it knows libero_object, and libero_spatial but for the bowl in the drawer. OUT becomes a LeRobot
+v2.1 folder with cot_simple.json and norm_stats.json; contact_sheet.png and a film of each task are for people to look at.
+Every try is kept beside OUT, in OUT.tries, until OUT is complete: the same command again goes on where it was interrupted.
+The hand does not quite do what it is told, and the actions kept are what the expert would do about it: played back they
+lead elsewhere. Needs the extra libero.
 """
 
 import dataclasses
@@ -67,11 +69,12 @@ def main() -> None:
         tried = gather(tasks, order)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; what was done is kept in {order.folder}, and the same command goes on from there")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}; what was done is kept in {order.folder}, and the same command goes on from there")
     print_table(tasks, order, tried)
     if short := [task.index for task in tasks if tried[task, True] < order.episodes]:
-        sys.exit(f"error: given up on tasks {short} after {order.most_tries} tries each; successes are kept in {order.folder}")
+        remedy = f"the same command without them writes the others, whose successes are kept in {order.folder}"
+        sys.exit(f"error: given up on tasks {short} after {order.most_tries} tries each; {remedy}")
     write(args, tasks, order)
     shutil.rmtree(order.folder)
     print(f"{args.out}: {order.episodes * len(tasks)} episodes; look at {args.out / 'contact_sheet.png'}")

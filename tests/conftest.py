@@ -1,6 +1,8 @@
 """Set-up of every test: shape and type checks in the library, strict dtypes and ranks, the golden folder."""
 
+import importlib.util
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -34,4 +36,22 @@ def libero_sample() -> Path:
     folder = Path(__file__).parents[2] / "shared" / "libero_sample"
     if not folder.exists():
         pytest.skip("needs ../shared/libero_sample")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The simulator's assets: of the package, or beside the checkout; skipped where simulator or assets are missing."""
+    from fusevla.evaluate.libero import _package
+
+    if not all(importlib.util.find_spec(name) for name in ("libero", "robosuite", "bddl", "mujoco")):
+        pytest.skip("needs the extra libero")
+    if (_package() / "assets").exists():
+        return None
+    packed = Path(__file__).parents[2] / "shared" / "libero_assets.tar.gz"
+    if not packed.exists():
+        pytest.skip("needs LIBERO's assets in its package or ../shared/libero_assets.tar.gz")
+    folder = tmp_path_factory.mktemp("assets")
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
     return folder

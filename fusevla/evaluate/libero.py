@@ -166,8 +166,9 @@ class LiberoEnv:
     @property
     def held(self) -> str | None:
         """The simulator's name of the movable object between the fingers, both of which touch it; only for judges and experts."""
-        scene, gripper = self._simulator.env, self._simulator.robots[0].gripper
-        return next((name for name, body in scene.objects_dict.items() if scene._check_grasp(gripper, body)), None)
+        scene, parts = self._simulator.env, self._simulator.robots[0].gripper.important_geoms
+        fingers = [parts["left_finger"], parts["right_finger"]]  # whole: the neck of a bottle is held above the pads
+        return next((name for name, body in scene.objects_dict.items() if scene._check_grasp(fingers, body)), None)
 
     def poses(self) -> dict[str, tuple[Float[np.ndarray, "3"], Float[np.ndarray, "4"]]]:
         """Positions [m] and xyzw quaternions, float64, of the movable objects and of all that the goal names; only for judges

@@ -4,7 +4,6 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
@@ -35,7 +34,7 @@ class Order:
     @property
     def most_tries(self) -> int:
         """Per task, before it is given up."""
-        return 3 * self.episodes + len(self.inits)
+        return 2 * self.episodes + 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,42 +73,41 @@ def collect(order: Order, tasks: Sequence[Task], done: Callable[[Try, bool], Non
     """
     order.folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")  # a renderer does not survive a fork
+    tallies = {task: _Tally(order.episodes) for task in tasks}
+
+    def settle(attempt: Try, success: bool) -> None:
+        tallies[attempt.task].missing += not success
+        done(attempt, success)
+
     with ProcessPoolExecutor(order.workers, mp_context=context, initializer=_quiet) as pool:
         running: dict[Future[bool], Try] = {}
-        made, missing = Counter[Task](), Counter(dict.fromkeys(tasks, order.episodes))
         try:
             while True:
-                for task in tasks:
-                    _start(pool, order, task, running, made, missing, done)
+                for attempt in (attempt for task in tasks for attempt in tallies[task].due(task, order.most_tries)):
+                    if (known := attempt.known(order.folder)) is None:
+                        running[pool.submit(_make, attempt, order)] = attempt
+                    else:
+                        settle(attempt, known)
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    attempt = running.pop(future)
-                    missing[attempt.task] += not future.result()
-                    done(attempt, future.result())
+                    settle(running.pop(future), future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start(
-    pool: ProcessPoolExecutor,
-    order: Order,
-    task: Task,
-    running: dict[Future[bool], Try],
-    made: Counter[Task],
-    missing: Counter[Task],
-    done: Callable[[Try, bool], None],
-) -> None:
-    """One try for every success that is missing and not under way."""
-    while missing[task] > 0 and made[task] < order.most_tries:
-        attempt = Try(task, made[task])
-        made[task] += 1
-        missing[task] -= 1
-        if (known := attempt.known(order.folder)) is None:
-            running[pool.submit(_make, attempt, order)] = attempt
-        else:
-            missing[task] += not known
-            done(attempt, known)
+@dataclasses.dataclass
+class _Tally:
+    """Of a task: successes neither there nor under way, and tries begun."""
+
+    missing: int
+    made: int = 0
+
+    def due(self, task: Task, most: int) -> Iterator[Try]:
+        """One try for every success that is missing."""
+        while self.missing > 0 and self.made < most:
+            self.missing, self.made = self.missing - 1, self.made + 1
+            yield Try(task, self.made - 1)
 
 
 def successes(order: Order, tasks: Sequence[Task]) -> Iterator[tuple[Task, Take]]:

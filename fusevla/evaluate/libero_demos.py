@@ -26,6 +26,8 @@ START, THINK = 12, 9
 
 REST: Final = 6
 """Frames after the item is let go."""
+PATIENCE: Final = 30
+"""Steps in which an item that was let go has to fall to where it belongs."""
 NOISE: Final = 0.2
 """Standard deviation of what the hand does beside what it is told, as a share of the largest position action."""
 NOISE_MEMORY: Final = 0.7
@@ -52,11 +54,11 @@ def demonstrate(env: LiberoEnv, plan: PickAndPlace, init: int, rng: np.random.Ge
     env.reset(init)
     scene, grip = _scene(env, plan), grip_of(plan.item)
     assert grip is not None
-    how = manner(plan.relation, grip, scene, rng, _side(env, plan))
+    how = manner(plan.relation, grip, scene, _others(env, plan), rng)
     progress, drift = Progress(), np.zeros(3)
     executed, actions, grasp, release = list[np.ndarray](), list[np.ndarray](), 0, 0
     while not release or len(actions) < release + REST:
-        if len(actions) >= env.task.max_steps:
+        if len(actions) >= env.task.max_steps or (progress.phase is Phase.OPEN and progress.steps > PATIENCE):
             return None
         before, (progress, action) = progress.phase, act(progress, scene, how)
         if progress.phase is not before:
@@ -82,13 +84,10 @@ def _scene(env: LiberoEnv, plan: PickAndPlace) -> Scene:
     return Scene(state[:3], state[3:6], poses[plan.item][0], poses[plan.target][0], env.held == plan.item, env.success)
 
 
-def _side(env: LiberoEnv, plan: PickAndPlace) -> float:
-    """The side of the item, along y, with more room to the next object."""
-    poses = env.poses()
-    item = poses[plan.item][0]
-    others = np.array([position for name, (position, _) in poses.items() if name not in (plan.item, plan.target)])
-    room = [np.linalg.norm(others - item - [0.0, 0.05 * side, 0.0], axis=1).min() for side in (1.0, -1.0)]
-    return 1.0 if room[0] >= room[1] else -1.0
+def _others(env: LiberoEnv, plan: PickAndPlace) -> Float[np.ndarray, "n 3"]:
+    """Where everything else is that can be moved, but for what the item is put on."""
+    found = [position for name, (position, _) in env.poses().items() if name not in (plan.item, plan.target)]
+    return np.array(found).reshape(-1, 3)
 
 
 def replay(env: LiberoEnv, demonstration: Demonstration) -> EpisodeFrames:
@@ -127,7 +126,7 @@ class Take:
     def save(self, path: Path) -> None:
         """Writes an npz archive, whole or not at all."""
         frames, buffer = self.frames, io.BytesIO()
-        images = {}
+        images: dict[str, Any] = {}
         for column, views in frames.images.items():
             images[f"{column}_bytes"] = np.frombuffer(b"".join(map(bytes, views)), np.uint8)
             images[f"{column}_sizes"] = np.array([len(view) for view in views])

@@ -22,6 +22,10 @@ GAIN: Final = 1.3
 """How much further it is told to go than is left, as it never quite arrives."""
 TURN: Final = 0.5
 """Radians, likewise."""
+HAND: Final = np.array([0.06, 0.13])
+"""Half of the hand's length along x and y, and half of that of a small object."""
+ROOM: Final = 0.03
+"""Metres between hand and objects beyond which more are of no use."""
 CLOSE_STEPS, OPEN_STEPS, LOST_STEPS, STUCK_STEPS = 9, 5, 3, 45
 """How long fingers take to hold and to let go, how long nothing may be held before it counts as dropped, and how long a phase
 may take before the next one is tried all the same."""
@@ -46,23 +50,25 @@ _NEXT: Final = dict(zip(list(Phase), [*list(Phase)[1:], Phase.RETREAT], strict=T
 
 @dataclasses.dataclass(frozen=True)
 class Grip:
-    """Where the fingers, which close along y, take an object: so much above its origin, and so far to a side of it."""
+    """Where the fingers, which close along y, take an object: so much above its origin, and so far from it along y (a rim, on
+    the side where no cabinet stands); with ``slack`` so far from the middle along x, if something is in the way."""
 
     height: float
     rim: float = 0.0
+    slack: float = 0.0
 
 
 _GRIPS: Final[Mapping[str, Grip]] = {
     "alphabet_soup": Grip(0.005),
     "tomato_sauce": Grip(0.01),
-    "salad_dressing": Grip(0.04),
-    "ketchup": Grip(0.04),
+    "salad_dressing": Grip(0.045),
+    "ketchup": Grip(0.045),
     "bbq_sauce": Grip(0.02),
-    "milk": Grip(0.02),
-    "orange_juice": Grip(0.02),
-    "cream_cheese": Grip(0.004),
-    "butter": Grip(0.004),
-    "chocolate_pudding": Grip(0.004),
+    "milk": Grip(0.035),
+    "orange_juice": Grip(0.035),
+    "cream_cheese": Grip(0.004, slack=0.02),
+    "butter": Grip(0.004, slack=0.02),
+    "chocolate_pudding": Grip(0.004, slack=0.02),
     "akita_black_bowl": Grip(0.04, rim=0.048),
 }
 
@@ -99,27 +105,34 @@ class Manner:
     speed: float
 
 
-def manner(relation: str, grip: Grip, scene: Scene, rng: np.random.Generator, side: float = 1.0) -> Manner:
+def manner(relation: str, grip: Grip, scene: Scene, others: Float[np.ndarray, "n 3"], rng: np.random.Generator) -> Manner:
     """A way to do it from this scene on; another generator, another way.
 
     Args:
         relation: Between item and target: in, on.
         grip: Of the item.
         scene: At the beginning.
+        others: Positions of what the hand should not bump into.
         rng: Draws what differs between demonstrations: less than the fingers forgive.
-        side: 1 or -1: at which side, along y, a rim is taken.
     """
     along, across, high, fast = rng.uniform(-1.0, 1.0), rng.uniform(-1.0, 1.0, 2), rng.uniform(-1.0, 1.0, 2), rng.uniform()
     base = scene.target[2]
     return Manner(
-        grip=np.array([0.004 * along, side * grip.rim, grip.height]),
+        grip=_spot(grip, scene.item, others) + np.array([0.004 * along, 0.0, grip.height]),
         place=(0.012 if relation == "in" else 0.004) * across,
         travel=max(scene.item[2], base) + 0.17 + 0.015 * high[0],
         hover=0.07,
-        carry=max(scene.item[2] + 0.1, base + 0.2) + 0.012 * high[1],
+        carry=max(scene.item[2] + 0.1, base + (0.19 if relation == "in" else 0.12) + grip.height) + 0.012 * high[1],
         release=base + 0.15 if relation == "in" else base + grip.height + 0.012,
         speed=0.85 + 0.15 * fast,
     )
+
+
+def _spot(grip: Grip, item: Float[np.ndarray, "3"], others: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "3"]:
+    """From the item's origin to where it is taken, in the plane: the first place with room for the hand, or that with most."""
+    spots = [np.array([along * grip.slack, grip.rim, 0.0]) for along in ((0.0, 1.0, -1.0) if grip.slack else (0.0,))]
+    gaps = [(np.abs(others - item - spot)[:, :2] - HAND).max(axis=1, initial=-1.0).min(initial=ROOM) for spot in spots]
+    return spots[int(np.argmax(gaps))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusevla.evaluate import libero
 from fusevla.evaluate.libero import MAX_STEPS, NO_OP, LiberoEnv, axis_angle, state_vector, suite_name, tasks
 from fusevla.evaluate.libero_init import read_init_states
 
@@ -197,22 +195,6 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.pruned_init").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(ValueError, match="install hf-libero again"):
         read_init_states(tmp_path / "a.pruned_init")
-
-
-@pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The simulator's assets: of the package, or beside the checkout; skipped where simulator or assets are missing."""
-    if not all(importlib.util.find_spec(name) for name in ("libero", "robosuite", "bddl", "mujoco")):
-        pytest.skip("needs the extra libero")
-    if (libero._package() / "assets").exists():
-        return None
-    packed = Path(__file__).parents[3] / "shared" / "libero_assets.tar.gz"
-    if not packed.exists():
-        pytest.skip("needs LIBERO's assets in its package or ../shared/libero_assets.tar.gz")
-    folder = tmp_path_factory.mktemp("assets")
-    with tarfile.open(packed) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
 
 
 @pytest.mark.slow
