@@ -26,7 +26,7 @@ HAND: Final = np.array([0.06, 0.13])
 """Half of the hand's length along x and y, and half of that of a small object."""
 ROOM: Final = 0.03
 """Metres between hand and objects beyond which more are of no use."""
-CLOSE_STEPS, OPEN_STEPS, LOST_STEPS, STUCK_STEPS = 9, 5, 3, 45
+CLOSE_STEPS, OPEN_STEPS, LOST_STEPS, STUCK_STEPS = 9, 5, 3, 70
 """How long fingers take to hold and to let go, how long nothing may be held before it counts as dropped, and how long a phase
 may take before the next one is tried all the same."""
 
@@ -64,8 +64,8 @@ _GRIPS: Final[Mapping[str, Grip]] = {
     "salad_dressing": Grip(0.045),
     "ketchup": Grip(0.045),
     "bbq_sauce": Grip(0.02),
-    "milk": Grip(0.035),
-    "orange_juice": Grip(0.035),
+    "milk": Grip(0.048),
+    "orange_juice": Grip(0.048),
     "cream_cheese": Grip(0.004, slack=0.02),
     "butter": Grip(0.004, slack=0.02),
     "chocolate_pudding": Grip(0.004, slack=0.02),
