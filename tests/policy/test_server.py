@@ -129,7 +129,7 @@ def test_one_who_acts_does_not_wait_for_the_end_of_a_thought() -> None:
             yield from super().think(queries)
 
     async def scenario() -> None:
-        async with serving(policy, request_timeout=60) as (port, _), Robot(port) as awake, Robot(port) as dreamer:
+        async with serving(policy, request_timeout=60.0) as (port, _), Robot(port) as awake, Robot(port) as dreamer:
             await awake.ask(observation())
             dreaming = asyncio.create_task(dreamer.ask(observation(prompt="dream", reset=True)))
             for step in range(20):
