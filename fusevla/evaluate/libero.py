@@ -7,6 +7,7 @@ without PyTorch, which its benchmark module would bring.
 import dataclasses
 import importlib
 import importlib.util
+import logging
 import os
 import re
 import runpy
@@ -266,6 +267,7 @@ def _simulator(assets: Path | None) -> ModuleType:
     if not config.exists():
         write_whole(config, b"{}\n")
     os.environ.setdefault("MUJOCO_GL", "egl")
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it advises every process to set up private macros
     try:
         # hf-libero has no setting for the folder besides a link in the package; this is what it remembers it by
         package_module: Any = importlib.import_module("libero.libero")
