@@ -143,17 +143,18 @@ def steps_of(args: Args) -> list[int | None]:
 
 def evaluate(args: Args, job: "Job", steps: list[int | None]) -> dict[str, Any]:
     """Plays all there is to play and writes the report; the figures."""
-    from fusevla.evaluate.closed_loop import play_all
+    from fusevla.evaluate.closed_loop import open_journal, play_all
     from fusevla.evaluate.figures import summarize, swap_figures
 
     checkpoint = BASE if args.checkpoint == BASE else str(Path(args.checkpoint).expanduser().absolute())
-    settings = {"world": job.name, "checkpoint": checkpoint}
-    outcomes = play_all(job, load(args, job, steps[-1]), args.out, settings | {"step": steps[-1]})
+    journal = open_journal(job, args.out, {"checkpoint": checkpoint, "step": steps[-1]})
+    outcomes = play_all(job, load(args, job, steps[-1]), journal)
     plain = [outcome for outcome in outcomes if outcome.ticket.swap is None]
     points = [(steps[-1], plain)]
     few = dataclasses.replace(job, tickets=tuple(dataclasses.replace(t, record=False) for t in job.tickets[: args.curve]))
     for step in reversed(steps[:-1] if args.curve else []):
-        points.append((step, play_all(few, load(args, few, step), args.out / f"step_{step or 0}", settings | {"step": step})))
+        older = open_journal(few, args.out / f"step_{step or 0}", {"checkpoint": checkpoint, "step": step})
+        points.append((step, play_all(few, load(args, few, step), older)))
     wrong, wrong_due = (swap_figures([o for o in outcomes if o.ticket.swap == kind]) for kind in ("plan", "due"))
     kept = ("episodes", "success", "success_interval", "thought_accuracy", "faithfulness")
     figures = {
@@ -163,7 +164,8 @@ def evaluate(args: Args, job: "Job", steps: list[int | None]) -> dict[str, Any]:
         "wrong_last_line": wrong_due,
         "curve": [{"step": step or 0} | {name: summarize(o)[name] for name in kept} for step, o in reversed(points)],
     }
-    report(args, job, settings | {"step": steps[-1], "seed": args.seed}, figures, outcomes)
+    settings = {"world": job.name, "checkpoint": checkpoint, "step": steps[-1], "seed": args.seed}
+    report(args, job, settings, figures, outcomes)
     return figures
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fusevla.evaluate.rollout import Arena, play
 from fusevla.evaluate.toy_rollout import ToyArena
 from fusevla.policy.policy import Answers
 
-__all__ = ["Job", "libero_job", "play_all", "toy_job"]
+__all__ = ["Job", "libero_job", "open_journal", "play_all", "toy_job"]
 
 SWAP_KINDS: tuple[Swap, ...] = ("plan", "due")
 SWAP_FILMS = 2
@@ -87,15 +87,20 @@ def _tickets(keys: Sequence[tuple[int, ...]], swap_keys: Sequence[tuple[int, ...
     return (*plain, *(Ticket(key, kind, n < SWAP_FILMS) for kind in SWAP_KINDS for n, key in enumerate(swap_keys)))
 
 
-def play_all(job: Job, policy: Answers, folder: Path, settings: dict[str, Any]) -> list[Outcome]:
-    """An outcome for every ticket; those that ``folder`` has already are not played again.
+def open_journal(job: Job, folder: Path, settings: Mapping[str, Any]) -> Journal:
+    """What ``folder`` has already of this job. ValueError where it holds something else; nothing is written yet."""
+    tickets = [[*ticket.key, ticket.swap, ticket.record] for ticket in job.tickets]
+    return Journal(folder, {"world": job.name, **settings, "tickets": tickets})
+
+
+def play_all(job: Job, policy: Answers, journal: Journal) -> list[Outcome]:
+    """An outcome for every ticket, kept in the journal with its film; those that it has already are not played again.
 
     Raises:
-        ValueError: the folder holds something else.
         RuntimeError: a simulator failed; all other outcomes are kept.
     """
-    journal = Journal(folder, settings | {"tickets": [[*ticket.key, ticket.swap, ticket.record] for ticket in job.tickets]})
-    waiting = [ticket for ticket in job.tickets if ticket not in journal.outcomes]
+    journal.begin()
+    folder, waiting = journal.folder, [ticket for ticket in job.tickets if ticket not in journal.outcomes]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         shown = bar.add_task(folder.name, total=len(job.tickets), completed=len(job.tickets) - len(waiting))

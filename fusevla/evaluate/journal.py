@@ -16,7 +16,10 @@ EPISODES = "episodes.jsonl"
 
 
 class Journal:
-    """``folder/settings.json`` and ``folder/episodes.jsonl``; ``outcomes`` holds all that ended."""
+    """``folder/settings.json`` and ``folder/episodes.jsonl``; ``outcomes`` holds all that ended.
+
+    Nothing is written before ``begin``.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Begins, or goes on where an evaluation with the same settings stopped. ``settings`` must survive JSON.
@@ -24,34 +27,37 @@ class Journal:
         Raises:
             ValueError: the folder holds something else, or an evaluation with other settings; nothing is touched then.
         """
-        self._folder, self.outcomes = folder, dict[Ticket, Outcome]()
+        self.folder, self._settings, self.outcomes = folder, dict(settings), dict[Ticket, Outcome]()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            self._check(settings)
+            self._check()
             self._read()
-        else:
-            write_whole(folder / SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+
+    def begin(self) -> None:
+        """Makes the folder."""
+        write_whole(self.folder / SETTINGS, (json.dumps(self._settings, indent=1) + "\n").encode())
 
     def add(self, outcome: Outcome) -> None:
         """Keeps an outcome, even if the machine stops right afterwards."""
         self.outcomes[outcome.ticket] = outcome
-        with (self._folder / EPISODES).open("a", encoding="utf-8") as file:
+        with (self.folder / EPISODES).open("a", encoding="utf-8") as file:
             file.write(to_line(outcome) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
+    def _check(self) -> None:
         try:
-            there = json.loads((self._folder / SETTINGS).read_text(encoding="utf-8"))
+            there = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self._folder}: exists and is no evaluation to go on with; name another, or remove it") from error
+            raise ValueError(f"{self.folder}: exists and is no evaluation to go on with; name another, or remove it") from error
+        settings = self._settings
         other = {key for key in {*there, *settings} if there.get(key) != settings.get(key)}
         if other:
             was, now = ({key: source.get(key) for key in sorted(other)} for source in (there, settings))
-            raise ValueError(f"{self._folder}: holds an evaluation with {was}, not {now}; name another folder, or remove it")
+            raise ValueError(f"{self.folder}: holds an evaluation with {was}, not {now}; name another folder, or remove it")
 
     def _read(self) -> None:
         """A line that was cut off by the interruption is taken away; its episode is played again."""
-        path = self._folder / EPISODES
+        path = self.folder / EPISODES
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.decode().splitlines(), 1):

@@ -35,6 +35,7 @@ def test_an_outcome_survives_its_line(key, swap, record, thoughts, decisions, fi
 
 def filled(folder: Path, count: int = 3) -> Journal:
     journal = Journal(folder, SETTINGS)
+    journal.begin()
     for number in range(count):
         journal.add(Outcome(Ticket((number,)), steps=number))
     return journal

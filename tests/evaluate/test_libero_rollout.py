@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusevla.evaluate import closed_loop, libero_rollout
-from fusevla.evaluate.closed_loop import libero_job, play_all
+from fusevla.evaluate.closed_loop import libero_job, open_journal, play_all
 from fusevla.evaluate.libero import LiberoEnv, Task
 from fusevla.evaluate.libero_plan import PickAndPlace, pick_and_place, spoken
 from fusevla.evaluate.libero_rollout import EXECUTED, LiberoArena, Simulation
@@ -176,9 +176,9 @@ class Waits:
 @pytest.mark.slow
 def test_an_evaluation_in_the_simulator_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = libero_job("object", [0, 1], episodes=1, films=0)
-    first = play_all(job, Waits(), tmp_path / "e", {})
+    first = play_all(job, Waits(), open_journal(job, tmp_path / "e", {}))
     assert [(outcome.success, outcome.steps) for outcome in first] == [(False, 280)] * 2
     assert [outcome.malformed for outcome in first] == [1, 1]
     assert first[0].steps % EXECUTED == 0
     monkeypatch.setattr(closed_loop, "play", lambda policy, arenas, tickets, ended: pytest.fail("again") if tickets else None)
-    assert play_all(job, Waits(), tmp_path / "e", {}) == first
+    assert play_all(job, Waits(), open_journal(job, tmp_path / "e", {})) == first
