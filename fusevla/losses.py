@@ -17,6 +17,8 @@ from fusevla.model.fuse import Pi0Fuse, forward
 from fusevla.model.layers import Embedder
 
 T = TypeVar("T")
+Triple = tuple[jax.Array, jax.Array, jax.Array]
+Kept = tuple[Embedder, jax.Array, jax.Array, jax.Array, jax.Array]
 
 CHUNK = 128
 """Positions whose logits exist at the same time: 128 x 257,152 float32 logits are 132 MB. A sample has 40 to 100 targets."""
@@ -73,40 +75,36 @@ def token_nll(
     neither pass ever holds more than ``chunk`` x vocabulary logits. While it has them it also takes the gradient with respect
     to ``hidden``, where that will be needed; only a table that trains has its logits computed again, in the backward pass.
     """
-    return _token_nll(min(chunk, hidden.shape[0]), embedder, hidden, jnp.asarray(targets), jnp.asarray(wanted))
+    return _token_nll(min(chunk, hidden.shape[0]), embedder, jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(wanted))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_nll(chunk: int, embedder: Embedder, hidden: Array, targets: Array, wanted: Array) -> tuple[Array, Array]:
-    def body(carry: tuple[Array, Array], at: Array, rows: Array, words: Array) -> tuple[Array, Array]:
-        nll, hit, _ = _of_logits(embedder.unembed(rows), words)
-        return carry[0].at[at].set(nll), carry[1].at[at].set(hit)
-
-    return _fold(chunk, body, _nothing(wanted), hidden, targets, wanted)
+def _token_nll(
+    chunk: int, embedder: Embedder, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _token_nll_forward(chunk, embedder, hidden, targets, wanted)[0]  # XLA drops what the loop makes for nobody
 
 
 def _token_nll_forward(
-    chunk: int, embedder: Embedder, hidden: Array, targets: Array, wanted: Array
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    def body(carry: tuple[Array, Array, Array], at: Array, rows: Array, words: Array) -> tuple[Array, Array, Array]:
+    chunk: int, embedder: Embedder, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Kept]:
+    def body(carry: Triple, at: jax.Array, rows: jax.Array, words: jax.Array) -> Triple:
         nll, hit, error = _of_logits(embedder.unembed(rows), words)
         # Both factors in the dtype of the forward product: a float32 factor would make XLA copy the table to float32.
         table = embedder.table.astype(rows.dtype)
         slope = jnp.einsum("nv,vd->nd", error.astype(rows.dtype), table, preferred_element_type=jnp.float32)
         return carry[0].at[at].set(nll), carry[1].at[at].set(hit), carry[2].at[at].set(slope)
 
-    start = (*_nothing(wanted), jnp.zeros(hidden.shape, jnp.float32))
+    start = (jnp.zeros(wanted.shape, jnp.float32), jnp.zeros(wanted.shape, bool), jnp.zeros(hidden.shape, jnp.float32))
     nll, hit, slope = _fold(chunk, body, start, hidden, targets, wanted)
     return (nll, hit), (embedder, hidden, targets, wanted, slope)
 
 
-def _token_nll_backward(
-    chunk: int, kept: tuple[Any, ...], cotangents: tuple[Array, Array]
-) -> tuple[Embedder, Array, None, None]:
+def _token_nll_backward(chunk: int, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple[Embedder, jax.Array, None, None]:
     embedder, hidden, targets, wanted, slope = kept
-    scale = cotangents[0]
+    scale, _ = cotangents
 
-    def body(total: Array, at: Array, rows: Array, words: Array) -> Array:
+    def body(total: jax.Array, at: jax.Array, rows: jax.Array, words: jax.Array) -> jax.Array:
         _, _, error = _of_logits(embedder.unembed(rows), words)
         error *= scale.at[at].get(mode="fill", fill_value=0)[:, None]
         return total + jnp.einsum("nv,nd->vd", error.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
@@ -119,11 +117,7 @@ def _token_nll_backward(
 _token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
-def _nothing(wanted: Array) -> tuple[Array, Array]:
-    return jnp.zeros(wanted.shape, jnp.float32), jnp.zeros(wanted.shape, bool)
-
-
-def _of_logits(logits: Array, words: Array) -> tuple[Array, Array, Array]:
+def _of_logits(logits: Array, words: jax.Array) -> Triple:
     """Negative log-likelihood, whether no word is likelier, and the gradient of the former with respect to the logits."""
     at_word = jnp.take_along_axis(logits, words[:, None], axis=1)[:, 0]
     normalizer = jax.nn.logsumexp(logits, axis=1)
@@ -132,7 +126,12 @@ def _of_logits(logits: Array, words: Array) -> tuple[Array, Array, Array]:
 
 
 def _fold(
-    chunk: int, body: Callable[[T, Array, Array, Array], T], start: T, hidden: Array, targets: Array, wanted: Array
+    chunk: int,
+    body: Callable[[T, jax.Array, jax.Array, jax.Array], T],
+    start: T,
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
 ) -> T:
     """``body(carry, positions, hidden there, targets there)`` over the wanted positions, ``chunk`` at a time.
 
@@ -141,7 +140,7 @@ def _fold(
     count = wanted.shape[0]
     positions = jnp.flatnonzero(wanted, size=count + -count % chunk, fill_value=count)
 
-    def step(index: Array, carry: T) -> T:
+    def step(index: jax.Array, carry: T) -> T:
         at = jax.lax.dynamic_slice_in_dim(positions, index * chunk, chunk)
         return body(carry, at, hidden.at[at].get(mode="clip"), targets.at[at].get(mode="clip"))
 
