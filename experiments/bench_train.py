@@ -10,19 +10,17 @@ camera that is masked, text padded to 415 tokens, log-probabilities of every wor
 the full mask, and recomputes every layer. Both sides start from the same weights and see the same samples: how far loss and
 gradient norm of their first steps differ is among the figures.
 
-Half of the samples reason, half act. Their lengths are PROMPT_OF_ACT and PROMPT_AND_THOUGHT below. Steps take turns, since other
-work on the machine disturbs both sides; figures are medians, and the fastest step is given too. Memory is what the compiler
-planned for the longest text bucket that the batches need. "flops" counts the matrix products of a step by
+Half of the samples reason, half act; their lengths are those of real ones (fusevla.evaluate.drawn_batches). Steps take turns,
+since other work on the machine disturbs both sides; figures are medians, and the fastest step is given too. Memory is what the
+compiler planned for the longest text bucket that the batches need. "flops" counts the matrix products of a step by
 fusevla.evaluate.flops: the reference's with recomputation, ours without; utilisation is ours per second over a measured matrix
 product in the compute dtype.
 """
 
 import dataclasses
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,19 +29,8 @@ import tyro
 
 if TYPE_CHECKING:
     from fusevla.arrays import Batch
-    from fusevla.data.samples import Sample
     from fusevla.presets import ModelConfig, Preset
 
-PROMPT_OF_ACT = (84, 84, 86, 89, 90, 90, 90, 91, 92, 95, 96, 99, 100, 101, 101, 102)
-"""Tokens from BOS to END_OF_PREFIX of acting samples (then comes one more): 16 quantiles of 11,975."""
-PROMPT_AND_THOUGHT = (
-    *((68, 40), (69, 40), (69, 40), (69, 43), (70, 43), (70, 43), (70, 43), (70, 43)),
-    *((71, 43), (72, 43), (84, 47), (85, 47), (90, 51), (91, 51), (92, 51), (101, 59)),
-)
-"""The same of reasoning samples, and tokens from BEGIN_OF_REASONING to EOS: 16 quantiles by length of 1,113.
-
-Both from 12 episodes (1,636 frames) of libero-10 with its annotations, 8 epochs of draws with the preset's options, by the
-vocabulary of Gemma (256,000 pieces), which is PaliGemma's for text."""
 BATCH_SIZE = {"medium": 4, "full": 16}
 MATRIX = {"cpu": 2048}
 """Side of the product that gives the matrix rate, by backend; 8192 elsewhere."""
@@ -110,46 +97,6 @@ def model_config(size: str) -> "ModelConfig":
     )
 
 
-def draw_batches(args: Args, preset: "Preset") -> list["Batch"]:
-    """Random pictures, words and actions; the lengths of real texts."""
-    import numpy as np
-
-    from fusevla.data.batch import collate
-
-    rng, size = np.random.default_rng(args.seed), preset.train.batch_size
-    batches = []
-    for _ in range(args.batches):
-        acting = [(int(rng.choice(PROMPT_OF_ACT)), 1) for _ in range(size // 2)]
-        thinking = [tuple(map(int, rng.choice(PROMPT_AND_THOUGHT))) for _ in range(size // 2)]
-        samples = [draw_sample(rng, preset, *lengths) for lengths in (*thinking, *acting)]
-        batches.append(collate(samples, preset.data.text_buckets))
-    return batches
-
-
-def draw_sample(rng: Any, preset: "Preset", prompt: int, suffix: int) -> "Sample":
-    """A sample of ``prompt + suffix`` tokens; it acts where the suffix is one token."""
-    import numpy as np
-
-    from fusevla.data.annotations import Thought
-    from fusevla.data.samples import Sample
-    from fusevla.tokens.protocol import TokenizedText, protocol_ids
-
-    model, acts = preset.model, suffix == 1
-    ids, length, side = protocol_ids(model.vocab_size), prompt + suffix, model.vision.image_size
-    tokens = rng.integers(3, ids.bor, length).astype(np.int32)
-    tokens[[0, prompt - 1, prompt]] = ids.bos, ids.eop, ids.boa if acts else ids.bor
-    causal = np.arange(length) >= prompt
-    shape = (model.action_horizon, model.action_dim)
-    return Sample(
-        images={name: rng.integers(0, 256, (side, side, 3), np.uint8) for name in preset.data.cameras},
-        state=rng.standard_normal(model.action_dim, np.float32),
-        text=TokenizedText(tokens, np.ones(length, bool), causal, causal, diffusion=acts),
-        actions=rng.standard_normal(shape, np.float32),
-        action_is_pad=np.zeros(model.action_horizon, bool),
-        thought=Thought("", None if acts else "", "act" if acts else "reason"),
-    )
-
-
 @dataclasses.dataclass
 class Side:
     """One way to train: its batches, its executables by text length, and what they took."""
@@ -197,12 +144,13 @@ def text_length(batch: "Batch") -> int:
 
 def make_sides(args: Args, preset: "Preset") -> dict[str, Side]:
     """Both ways to train on the same samples."""
+    from fusevla.evaluate.drawn_batches import draw_batches
     from fusevla.evaluate.flops import Workload, train_flops
     from fusevla.evaluate.reference_step import reference_batch, reference_loss, reference_step
     from fusevla.losses import joint_loss
     from fusevla.train.step import train_step
 
-    batches, size, cameras = draw_batches(args, preset), preset.train.batch_size, len(preset.data.cameras)
+    batches, size, cameras = draw_batches(preset, args.batches, args.seed), preset.train.batch_size, len(preset.data.cameras)
     longest, head = max(map(text_length, batches)), max(int(batch.token_loss_mask.sum()) for batch in batches)
     count = partial(train_flops, preset.model, preset.train.freeze)
     loss = lambda *inputs: joint_loss(*inputs)[0]
@@ -342,7 +290,7 @@ def compare(figures: dict[str, Any], sides: dict[str, Side]) -> dict[str, Any]:
     return result
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(figures: Mapping[str, Any]) -> None:
     """Prints the figures as a table."""
     ours, other = figures["ours"], figures.get("reference", {})
     print(f"{'':<24} {'ours':>14} {'reference':>14}")
@@ -358,16 +306,9 @@ def show(figures: dict[str, Any]) -> None:
 def main() -> None:
     """The command line."""
     args = tyro.cli(Args, description=__doc__)
-    try:
-        figures = run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    show(figures)
-    if args.json:
-        from fusevla.files import write_whole
+    from fusevla.evaluate.bench import publish
 
-        write_whole(args.json, (json.dumps(figures, indent=2) + "\n").encode())
+    publish(lambda: run(args), show, args.json)
 
 
 if __name__ == "__main__":

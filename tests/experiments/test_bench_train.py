@@ -14,6 +14,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from experiments import bench_train
+from fusevla.evaluate import drawn_batches
 from fusevla.evaluate.flops import Workload, train_flops
 from fusevla.evaluate.reference_step import reference_batch, reference_loss
 from fusevla.model import fuse
@@ -72,15 +73,15 @@ def test_steps_are_timed_and_both_sides_agree(tmp_path, monkeypatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_half_of_a_batch_reasons_with_lengths_of_the_table() -> None:
     args = bench_train.Args(size="medium", batch=6, batches=3)
-    for batch in bench_train.draw_batches(args, bench_train.make_preset(args)):
+    for batch in drawn_batches.draw_batches(bench_train.make_preset(args), args.batches, args.seed):
         mask, causal = np.asarray(batch.observation.token_mask), np.asarray(batch.observation.token_ar_mask)
         acts = np.asarray(batch.diffusion_loss_mask)
         assert acts.sum() == 3
         suffix = causal.sum(axis=1)
         assert set(suffix[acts]) == {1}
         prompts = mask.sum(axis=1) - suffix
-        assert set(zip(prompts[~acts].tolist(), suffix[~acts].tolist(), strict=True)) <= set(bench_train.PROMPT_AND_THOUGHT)
-        assert set(prompts[acts].tolist()) <= set(bench_train.PROMPT_OF_ACT)
+        assert set(zip(prompts[~acts].tolist(), suffix[~acts].tolist(), strict=True)) <= set(drawn_batches.PROMPT_AND_THOUGHT)
+        assert set(prompts[acts].tolist()) <= set(drawn_batches.PROMPT_OF_ACT)
         np.testing.assert_array_equal(batch.token_loss_mask, causal)
 
 
