@@ -1,7 +1,6 @@
 """LIBERO in closed loop: what judges are told about an episode, without a simulator; where there is one, whole evaluations."""
 
 import contextlib
-import importlib.util
 import types
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from fusevla.policy.policy import Query, Reply
 BDDL = "(define (problem X) (:goal\n (And (In alphabet_soup_1 basket_1_contain_region))\n )\n)"
 SAID = "pick up the alphabet soup and place it in the basket"
 PLANS = ("pick up the alphabet soup", "place the alphabet soup in the basket")
-needs_simulator = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="the extra libero is not installed")
 
 
 def task(folder: Path, language: str = SAID, bddl: str = BDDL) -> Task:
@@ -172,10 +170,12 @@ class Waits:
         return Reply(query.agent.after_action(), actions=np.tile([0, 0, 0, 0, 0, 0, -1.0], (16, 1)))
 
 
-@needs_simulator
 @pytest.mark.slow
-def test_an_evaluation_in_the_simulator_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = libero_job("object", [0, 1], episodes=1, films=0)
+@pytest.mark.filterwarnings("ignore")  # the simulator's own
+def test_an_evaluation_in_the_simulator_is_gone_on_with(
+    assets: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = libero_job("object", [0, 1], episodes=1, films=0, assets=assets)
     first = play_all(job, Waits(), open_journal(job, tmp_path / "e", {}))
     assert [(outcome.success, outcome.steps) for outcome in first] == [(False, 280)] * 2
     assert [outcome.malformed for outcome in first] == [1, 1]
