@@ -199,8 +199,13 @@ def _judged(text: str, seen: Seen) -> ThoughtRecord:
 
 def _named(text: str, names: Sequence[str]) -> str | None:
     """The first of ``names`` in a text (the longest, where two begin there)."""
-    found = re.search("|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True)) or r"(?!)", text)
+    found = _any_of(names).search(text)
     return found[0] if found else None
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Whole words; the longest where two begin; nothing where there are no names."""
+    return re.compile("|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True)) or r"(?!)")
 
 
 def swapped_thought(text: str, names: Sequence[str], swap: Swap, key: Sequence[int]) -> tuple[str, str] | None:
@@ -219,7 +224,6 @@ def swapped_thought(text: str, names: Sequence[str], swap: Swap, key: Sequence[i
     other = others[int(np.random.default_rng((*key, 1)).integers(len(others)))]
     if swap == "due":
         before, due, after = text.rpartition(DUE)
-        return before + due + re.sub(rf"\b{re.escape(own)}\b", other, after), other
+        return before + due + _any_of([own]).sub(other, after), other
     exchange = {own: other, other: own}
-    either = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(exchange, key=len, reverse=True))
-    return re.sub(either, lambda found: exchange[found[0]], text), other
+    return _any_of(exchange).sub(lambda found: exchange[found[0]], text), other
