@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments import collect_libero
 from fusevla.data.annotations import check_annotations, load_annotations
 from fusevla.data.lerobot import open_set
 from fusevla.data.normalize import load_norm_stats
@@ -24,13 +25,7 @@ NAMES = ["pick_up_the_milk_and_place_it_in_the_basket", "open_the_drawer", "pick
 
 @pytest.fixture(scope="module")
 def script() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("collect_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["collect_script"] = module
-    spec.loader.exec_module(module)
-    return module
+    return collect_libero
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The evaluation script: what it writes for a policy that is perfect, and bad input."""
 
-import importlib.util
 import json
 import sys
 import types
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from experiments import evaluate
 from tests.evaluate.toy_expert import Expert
 from tests.experiments.help_text import help_without
 
@@ -17,13 +17,7 @@ SCRIPT = str(Path(__file__).parents[2] / "experiments" / "evaluate.py")
 
 @pytest.fixture(scope="module")
 def script() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate_script"] = module
-    spec.loader.exec_module(module)
-    return module
+    return evaluate
 
 
 def run(script: Any, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
