@@ -4,6 +4,10 @@
 mean over samples.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,8 +16,12 @@ from fusevla.arrays import Array, Batch, Bool, Float, Int, Key
 from fusevla.model.fuse import Pi0Fuse, forward
 from fusevla.model.layers import Embedder
 
-CHUNK = 512
-"""Positions whose logits exist at the same time: 512 x 257,152 float32 logits are 527 MB."""
+T = TypeVar("T")
+Triple = tuple[jax.Array, jax.Array, jax.Array]
+Kept = tuple[Embedder, jax.Array, jax.Array, jax.Array, jax.Array]
+
+CHUNK = 128
+"""Positions whose logits exist at the same time: 128 x 257,152 float32 logits are 132 MB. A sample has 40 to 100 targets."""
 
 
 class Flow(eqx.Module):
@@ -61,36 +69,82 @@ def flow_matching_loss(
 def token_nll(
     embedder: Embedder, hidden: Float[Array, "n d"], targets: Int[Array, " n"], wanted: Bool[Array, " n"], chunk: int = CHUNK
 ) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
-    """Negative log-likelihood and argmax hit of each *wanted* position; zero and False elsewhere.
+    """Negative log-likelihood of each *wanted* position and whether no word is likelier; zero and False elsewhere.
 
-    Exact for any number of wanted positions. They are moved to the front, and a scan takes ``chunk`` of them at a time, so
-    that neither pass ever holds more than ``chunk`` x vocabulary logits; chunks with nothing wanted are skipped.
+    Exact for any number of wanted positions. A loop takes ``chunk`` of them at a time and ends with the last one, so that
+    neither pass ever holds more than ``chunk`` x vocabulary logits. While it has them it also takes the gradient with respect
+    to ``hidden``, where that will be needed; only a table that trains has its logits computed again, in the backward pass.
     """
-    targets, wanted = jnp.asarray(targets), jnp.asarray(wanted)  # NumPy cannot be indexed by a tracer
-    chunk = min(chunk, targets.shape[0])
-    order = jnp.argsort(jnp.logical_not(wanted), stable=True)
-    padded = jnp.pad(order, (0, -order.shape[0] % chunk), mode="edge").reshape(-1, chunk)
-    fresh = (jnp.arange(padded.size) < order.shape[0]).reshape(padded.shape)
+    return _token_nll(min(chunk, hidden.shape[0]), embedder, jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(wanted))
 
-    def of_chunk(index: Array, use: Array) -> tuple[Array, Array]:
-        logits = embedder.unembed(hidden[index])
-        at_target = jnp.take_along_axis(logits, targets[index][:, None], axis=1)[:, 0]
-        nll = jax.nn.logsumexp(logits, axis=1) - at_target
-        return jnp.where(use, nll, 0.0), use & (jnp.argmax(logits, axis=1) == targets[index])
 
-    def skip(index: Array, use: Array) -> tuple[Array, Array]:
-        return jnp.zeros(index.shape, jnp.float32), jnp.zeros(index.shape, bool)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_nll(
+    chunk: int, embedder: Embedder, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _token_nll_forward(chunk, embedder, hidden, targets, wanted)[0]  # XLA drops what the loop makes for nobody
 
-    def step(carry: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        index, use = part
-        return carry, jax.lax.cond(jnp.any(use), jax.checkpoint(of_chunk), skip, index, use)
 
-    _, (nll, hit) = jax.lax.scan(step, None, (padded, wanted[padded] & fresh))
-    count = order.shape[0]
-    return (
-        jnp.zeros(count, jnp.float32).at[order].set(nll.reshape(-1)[:count]),
-        jnp.zeros(count, bool).at[order].set(hit.reshape(-1)[:count]),
-    )
+def _token_nll_forward(
+    chunk: int, embedder: Embedder, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Kept]:
+    def body(carry: Triple, at: jax.Array, rows: jax.Array, words: jax.Array) -> Triple:
+        nll, hit, error = _of_logits(embedder.unembed(rows), words)
+        # Both factors in the dtype of the forward product: a float32 factor would make XLA copy the table to float32.
+        table = embedder.table.astype(rows.dtype)
+        slope = jnp.einsum("nv,vd->nd", error.astype(rows.dtype), table, preferred_element_type=jnp.float32)
+        return carry[0].at[at].set(nll), carry[1].at[at].set(hit), carry[2].at[at].set(slope)
+
+    start = (jnp.zeros(wanted.shape, jnp.float32), jnp.zeros(wanted.shape, bool), jnp.zeros(hidden.shape, jnp.float32))
+    nll, hit, slope = _fold(chunk, body, start, hidden, targets, wanted)
+    return (nll, hit), (embedder, hidden, targets, wanted, slope)
+
+
+def _token_nll_backward(chunk: int, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple[Embedder, jax.Array, None, None]:
+    embedder, hidden, targets, wanted, slope = kept
+    scale, _ = cotangents
+
+    def body(total: jax.Array, at: jax.Array, rows: jax.Array, words: jax.Array) -> jax.Array:
+        _, _, error = _of_logits(embedder.unembed(rows), words)
+        error *= scale.at[at].get(mode="fill", fill_value=0)[:, None]
+        return total + jnp.einsum("nv,nd->vd", error.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
+
+    # A loop of its own: where the table is frozen nothing reads the result, and XLA drops it.
+    total = _fold(chunk, body, jnp.zeros(embedder.table.shape, jnp.float32), hidden, targets, wanted)
+    return Embedder(total.astype(embedder.table.dtype)), (slope * scale[:, None]).astype(hidden.dtype), None, None
+
+
+_token_nll.defvjp(_token_nll_forward, _token_nll_backward)
+
+
+def _of_logits(logits: Array, words: jax.Array) -> Triple:
+    """Negative log-likelihood, whether no word is likelier, and the gradient of the former with respect to the logits."""
+    at_word = jnp.take_along_axis(logits, words[:, None], axis=1)[:, 0]
+    normalizer = jax.nn.logsumexp(logits, axis=1)
+    error = jnp.exp(logits - normalizer[:, None]) - jax.nn.one_hot(words, logits.shape[1])
+    return normalizer - at_word, at_word >= jnp.max(logits, axis=1), error
+
+
+def _fold(
+    chunk: int,
+    body: Callable[[T, jax.Array, jax.Array, jax.Array], T],
+    start: T,
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+) -> T:
+    """``body(carry, positions, hidden there, targets there)`` over the wanted positions, ``chunk`` at a time.
+
+    The last chunk is filled up with the position after the end, which writes drop (reads give the last row).
+    """
+    count = wanted.shape[0]
+    positions = jnp.flatnonzero(wanted, size=count + -count % chunk, fill_value=count)
+
+    def step(index: jax.Array, carry: T) -> T:
+        at = jax.lax.dynamic_slice_in_dim(positions, index * chunk, chunk)
+        return body(carry, at, hidden.at[at].get(mode="clip"), targets.at[at].get(mode="clip"))
+
+    return jax.lax.fori_loop(0, (jnp.sum(wanted) + chunk - 1) // chunk, step, start)
 
 
 def text_loss(

@@ -39,3 +39,19 @@ def text_loss(logits: np.ndarray, tokens: np.ndarray, loss_mask: np.ndarray) -> 
                 terms.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[b, t]])
         losses[b] = np.mean(terms) if terms else 0.0
     return losses
+
+
+def token_nll(
+    table: np.ndarray, hidden: np.ndarray, targets: np.ndarray, wanted: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each wanted position's minus log-probability, and the gradients of their weighted sum (table, hidden); float64."""
+    table, hidden = table.astype(np.float64), hidden.astype(np.float64)
+    nll, of_table, of_hidden = np.zeros(len(targets)), np.zeros(table.shape), np.zeros(hidden.shape)
+    for i in np.flatnonzero(wanted):
+        row = table @ hidden[i]
+        shares = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        nll[i] = -np.log(shares[targets[i]])
+        slope = weights[i] * (shares - (np.arange(len(table)) == targets[i]))
+        of_table += np.outer(slope, hidden[i])
+        of_hidden[i] = slope @ table
+    return nll, of_table, of_hidden

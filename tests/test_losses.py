@@ -42,39 +42,55 @@ def test_text_loss_is_the_mean_over_each_samples_own_targets(mask):
     np.testing.assert_array_equal(count, mask[:, 1:].sum(axis=1))
 
 
+def check_head(chunk, wanted, weights):
+    """Values, hits and both gradients against loops."""
+    hidden, tokens = HIDDEN.reshape(18, 8), TOKENS.reshape(18)
+    (_, (nll, hit)), gradients = weighted_nll(TABLE.table, hidden, tokens, wanted, weights, chunk)
+    expected = references.token_nll(*map(np.asarray, (TABLE.table, hidden, tokens, wanted, weights)))
+    for ours, other in zip((nll, *gradients), expected, strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hit, wanted & (np.asarray(hidden @ TABLE.table.T).argmax(axis=1) == np.asarray(tokens)))
+
+
+@partial(jax.jit, static_argnums=5)
+@partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+def weighted_nll(table, hidden, tokens, wanted, weights, chunk):
+    nll, hit = token_nll(Embedder(table), hidden, tokens, wanted, chunk)
+    return jnp.sum(nll * weights), (nll, hit)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 7, 18, 100])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_no_target_is_dropped_whatever_the_chunk(chunk, share):
-    hidden, tokens = HIDDEN.reshape(18, 8), TOKENS.reshape(18)
-    wanted = jnp.asarray(np.random.default_rng(1).random(18) < share)
+    check_head(chunk, np.random.default_rng(1).random(18) < share, np.ones(18, np.float32))
 
-    def total(table, hidden):
+
+counts = st.sampled_from([0, 1, 3, 4, 5, 8, 9, 18]) | st.integers(0, 18)
+"""Of 18 positions by chunks of 4: none, one, at and about the edge of a chunk, all."""
+weightings = st.lists(st.floats(-4, 4, width=16), min_size=18, max_size=18)
+
+
+@given(counts, st.permutations(range(18)), weightings)
+def test_the_head_and_its_gradients_for_any_count_of_targets(count, order, weights):
+    check_head(4, np.isin(np.arange(18), order[:count]), np.array(weights, np.float32))
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_head_holds_a_chunk_of_logits_and_never_copies_of_the_table(dtype, stored, trains):
+    """Compiled memory of the gradient: no table for each chunk, no float32 copy, nothing of the table's size if frozen."""
+    vocab, width, positions, chunk = 4096, 256, 64, 8
+    shapes = (((vocab, width), stored), ((positions, width), dtype), ((positions,), "int32"), ((positions,), "bool"))
+
+    def loss(table, hidden, tokens, wanted):
         return jnp.sum(token_nll(Embedder(table), hidden, tokens, wanted, chunk)[0])
 
-    def naive(table, hidden):
-        logprobs = jax.nn.log_softmax(hidden @ table.T)
-        return -jnp.sum(jnp.where(wanted, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0], 0.0))
-
-    for ours, expected in zip(
-        jax.value_and_grad(total, argnums=(0, 1))(TABLE.table, hidden)[1],
-        jax.value_and_grad(naive, argnums=(0, 1))(TABLE.table, hidden)[1],
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(total(TABLE.table, hidden), naive(TABLE.table, hidden), rtol=1e-6)
-
-
-def test_the_head_never_holds_more_than_a_chunk_of_logits():
-    """Compiled memory of the loss and its gradient, far below all logits of all positions."""
-    vocab, positions, chunk = 8192, 4096, 128
-    table = Embedder(jnp.zeros((vocab, 16)))
-    arguments = (jnp.zeros((positions, 16)), jnp.zeros(positions, jnp.int32), jnp.ones(positions, bool))
-
-    def loss(hidden, tokens, wanted):
-        return jnp.sum(token_nll(table, hidden, tokens, wanted, chunk)[0])
-
-    memory = jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 12 * chunk * vocab * 4 < positions * vocab * 4
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if trains else 1))
+    memory = gradient.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile().memory_analysis()
+    logits, table = chunk * vocab * 4, vocab * width * 4
+    cast = table // 2 if dtype != stored else 0
+    of_the_table = table + (table if dtype == "bfloat16" else 0) if trains else 0  # the sum, and its cast
+    assert memory.temp_size_in_bytes < 3 * logits + cast + of_the_table < positions * vocab * 4 + cast + of_the_table
 
 
 def test_flow_matching():

@@ -27,6 +27,9 @@ from fusevla.model.layers import (
 from fusevla.model.rope import apply_rope
 from fusevla.presets import ExpertConfig, Remat
 
+PIECE = 128
+"""Positions whose feed-forward activations exist at the same time in the backward pass: 128 x 16,384 x 3 for each sample."""
+
 
 class ExpertLayer(eqx.Module):
     """One expert's share of a transformer block. ``kv`` holds keys at index 0, values at 1; ``gating`` the gelu branch at 0."""
@@ -112,7 +115,7 @@ def transformer(
 
     def block(tokens: tuple[Array, ...], layers: tuple[ExpertLayer, ...], past: KVCache | None) -> Carry:
         joined = tuple(Stream(x, stream.cond) for x, stream in zip(tokens, streams, strict=True))
-        return _block(layers, joined, mask, positions, implementation, past, slot)
+        return _block(layers, joined, mask, positions, implementation, past, slot, remat)
 
     run = checkpointed(block, remat)
 
@@ -134,6 +137,7 @@ def _block(
     implementation: Implementation,
     cache: KVCache | None,
     slot: Array | int,
+    remat: Remat,
 ) -> Carry:
     """One layer of every expert around their shared attention."""
     normed = [layer.pre_attention_norm(s.tokens, s.cond) for layer, s in zip(layers, streams, strict=True)]
@@ -151,8 +155,19 @@ def _block(
     for layer, stream, (_, gate), part in zip(layers, streams, normed, jnp.split(encoded, ends, axis=1), strict=True):
         x = gated_residual(stream.tokens, layer.out("bsne,ned->bsd", part), gate)
         h, gate = layer.pre_ffw_norm(x, stream.cond)
-        outputs.append(gated_residual(x, layer.feed_forward(h), gate))
+        outputs.append(gated_residual(x, _feed_forward(layer, h, remat), gate))
     return tuple(outputs), KVCache(key, value)
+
+
+def _feed_forward(layer: ExpertLayer, x: Float[Array, "b s d"], remat: Remat) -> Float[Array, "b s d"]:
+    """The layer's own, for PIECE positions at a time where the backward pass keeps nothing: it recomputes but one piece then.
+
+    Positions are what is cut, since samples may lie on several devices.
+    """
+    if remat != "full" or x.shape[1] <= PIECE:
+        return layer.feed_forward(x)
+    at_position = jax.checkpoint(lambda x: layer.feed_forward(x[:, None])[:, 0], prevent_cse=False)
+    return jnp.moveaxis(jax.lax.map(at_position, jnp.moveaxis(x, 1, 0), batch_size=PIECE), 0, 1)
 
 
 def init_expert(config: ExpertConfig, cond_width: int | None, key: Key) -> Expert:
