@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fusevla.presets import PRESETS, Freeze
+from fusevla.presets import PRESETS, Attention, Base, Freeze, Moments, Remat
 from fusevla.train.missing import describe, missing
 from fusevla.train.request import TOY, Request, RequestError, resolve
 
@@ -51,6 +51,16 @@ class Args:
     """Peak learning rate; it decays to a tenth."""
     freeze: Freeze | None = None
     """llm: LoRA, image tower and action heads train; all_but_lora: only LoRA and heads; none: everything."""
+    base: Base | None = None
+    """How frozen matrices are stored: int8 and nf4 take a half and a quarter of bf16's memory, and round them."""
+    moments: Moments | None = None
+    """How the optimizer keeps its moments of the image tower, where that trains."""
+    accumulate: int | None = None
+    """Divide each batch into so many parts that take turns in memory; the gradient stays that of the whole batch."""
+    remat: Remat | None = None
+    """What the backward pass computes again rather than keeps: nothing, all but matrix products, everything."""
+    attention: Attention | None = None
+    """Which attention kernel."""
     flow_draws: int | None = None
     """(noise, time) draws per sample that share one prefix pass."""
     ema: float | None = None

@@ -6,11 +6,13 @@ tables of this repository's README.
 
 import dataclasses
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 Freeze = Literal["llm", "all_but_lora", "none"]
 Remat = Literal["none", "dots", "full"]
+Base = Literal["bf16", "int8", "nf4"]
+Attention = Literal["plain", "xla", "cudnn"]
+Moments = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ModelConfig:
     action_horizon: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; softmax, norm variances, RoPE, losses and the action heads are float32 whatever this says."""
-    attention: Literal["plain", "xla", "cudnn"] = "xla"
+    attention: Attention = "xla"
     remat: Remat = "full"
 
 
@@ -164,6 +166,12 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float | None = None
     freeze: Freeze = "llm"
+    base: Base = "bf16"
+    """How frozen matrices are stored; int8 and NF4 are read back into the compute dtype layer by layer."""
+    moments: Moments = "float32"
+    """How the optimizer keeps its two moments of the image tower, where that trains; all others are float32."""
+    accumulate: int = 1
+    """Parts that a batch is divided into, one after the other in memory; the gradient is that of the whole batch."""
     diffusion_loss_coeff: float = 1.0
     flow_draws: int = 1
     augment: AugmentConfig | None = AugmentConfig()
@@ -281,25 +289,3 @@ its sake, and the adapters' scale of 8 lets them learn as fast as they can at a 
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (TOY, LIBERO_SMALL, LIBERO10, LIBERO100, LIBERO100_BASKET)}
 """Every named job."""
-
-
-def _from_json(kind: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    if get_origin(kind) in (Union, UnionType):
-        return _from_json(next(arm for arm in get_args(kind) if arm is not NoneType), value)
-    if get_origin(kind) is tuple:
-        return tuple(_from_json(get_args(kind)[0], item) for item in value)
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise ValueError(f"{getattr(kind, '__name__', kind)}: unknown fields {unknown}; written by a newer version?")
-        return kind(**{name: _from_json(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
-    return value
-
-
-def preset_from_dict(values: dict[str, Any]) -> Preset:
-    """The inverse of ``dataclasses.asdict`` after a trip through JSON (absent fields take their defaults)."""
-    preset: Preset = _from_json(Preset, values)
-    return preset

@@ -26,7 +26,8 @@ import orbax.checkpoint as ocp
 
 from fusevla.arrays import Array, Int
 from fusevla.model.fetch import CheckpointError
-from fusevla.presets import Preset, preset_from_dict
+from fusevla.preset_json import preset_from_dict
+from fusevla.presets import Preset
 
 T = TypeVar("T")
 FORMAT = 1

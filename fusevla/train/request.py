@@ -8,7 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fusevla.files import cache_folder, openpi_cache_folder
-from fusevla.presets import PI05, PRESETS, TINY, Freeze, ModelConfig, Preset, ScheduleConfig, scratch_schedule, without_lora
+from fusevla.presets import (
+    PI05,
+    PRESETS,
+    TINY,
+    Attention,
+    Base,
+    Freeze,
+    ModelConfig,
+    Moments,
+    Preset,
+    Remat,
+    ScheduleConfig,
+    scratch_schedule,
+    without_lora,
+)
 from fusevla.tokens.ids import PALIGEMMA_SOURCE
 
 TOY = "toy"
@@ -57,6 +71,11 @@ class Request:
     steps: int | None = None
     learning_rate: float | None = None
     freeze: Freeze | None = None
+    base: Base | None = None
+    moments: Moments | None = None
+    accumulate: int | None = None
+    remat: Remat | None = None
+    attention: Attention | None = None
     flow_draws: int | None = None
     ema: float | None = None
     norm: str | None = None
@@ -87,6 +106,7 @@ def _replaced(config: Any, **changes: Any) -> Any:
 def _model(base: ModelConfig, request: Request, scratch: bool) -> ModelConfig:
     config = base if request.model is None else {"tiny": TINY, "full": PI05}[request.model]
     keep_lora = request.lora if request.lora is not None else not scratch
+    config = _replaced(config, remat=request.remat, attention=request.attention)
     return config if keep_lora else without_lora(config)
 
 
@@ -164,7 +184,7 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
     steps = base.train.steps if request.steps is None else request.steps
     problems = [
         f"--{name.replace('_', '-')}: expected at least 1, got {value}"
-        for name in ("batch", "steps", "flow_draws", "save_every", "log_every", "keep")
+        for name in ("batch", "steps", "accumulate", "flow_draws", "save_every", "log_every", "keep")
         if (value := getattr(request, name)) is not None and value < 1
     ]
     problems += _weight_problems(request)
@@ -188,6 +208,9 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
         batch_size=request.batch,
         schedule=_schedule(base, request, steps, scratch),
         freeze=request.freeze,
+        base=request.base,
+        moments=request.moments,
+        accumulate=request.accumulate,
         flow_draws=request.flow_draws,
         ema_decay=request.ema,
         seed=request.seed,
@@ -223,6 +246,11 @@ def conflicts(request: Request, preset: Preset) -> list[str]:
         "steps": train.steps,
         "learning_rate": train.schedule.peak,
         "freeze": train.freeze,
+        "base": train.base,
+        "moments": train.moments,
+        "accumulate": train.accumulate,
+        "remat": model.remat,
+        "attention": model.attention,
         "flow_draws": train.flow_draws,
         "ema": train.ema_decay,
         "norm": data.norm,

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusevla.presets import LIBERO10, PRESETS, LoraConfig, Preset, preset_from_dict
+from fusevla.preset_json import preset_from_dict
+from fusevla.presets import LIBERO10, PRESETS, LoraConfig, Preset
 from fusevla.train import checkpoint as ckpt
 
 INFO = ckpt.RunInfo(
