@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fusevla.arrays import Array, Batch, Bool, Float, Int, Key
 from fusevla.model.fuse import Pi0Fuse, forward
 from fusevla.model.layers import Embedder
+from fusevla.model.storage import is_stored, restore
 
 T = TypeVar("T")
 Triple = tuple[jax.Array, jax.Array, jax.Array]
@@ -22,6 +23,8 @@ Kept = tuple[Embedder, jax.Array, jax.Array, jax.Array, jax.Array]
 
 CHUNK = 128
 """Positions whose logits exist at the same time: 128 x 257,152 float32 logits are 132 MB. A sample has 40 to 100 targets."""
+WORDS = 32768
+"""Rows of the table that are read at a time, at most: as float32 numbers (XLA's for CPUs) 268 MB at width 2048."""
 
 
 class Flow(eqx.Module):
@@ -74,6 +77,7 @@ def token_nll(
     Exact for any number of wanted positions. A loop takes ``chunk`` of them at a time and ends with the last one, so that
     neither pass ever holds more than ``chunk`` x vocabulary logits. While it has them it also takes the gradient with respect
     to ``hidden``, where that will be needed; only a table that trains has its logits computed again, in the backward pass.
+    The table is read ``WORDS`` rows at a time, since a stored one exists as numbers only there.
     """
     return _token_nll(min(chunk, hidden.shape[0]), embedder, jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(wanted))
 
@@ -88,11 +92,17 @@ def _token_nll(
 def _token_nll_forward(
     chunk: int, embedder: Embedder, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], Kept]:
+    parts = _parts(embedder)
+
     def body(carry: Triple, at: jax.Array, rows: jax.Array, words: jax.Array) -> Triple:
-        nll, hit, error = _of_logits(embedder.unembed(rows), words)
-        # Both factors in the dtype of the forward product: a float32 factor would make XLA copy the table to float32.
-        table = embedder.table.astype(rows.dtype)
-        slope = jnp.einsum("nv,vd->nd", error.astype(rows.dtype), table, preferred_element_type=jnp.float32)
+        nll, hit, error = _of_logits(_logits(parts, rows), words)
+
+        def step(slope: jax.Array, part: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            # Both factors in the dtype of the forward product: a float32 factor would make XLA copy the table to float32.
+            table = restore(part[0]).astype(rows.dtype)
+            return slope + jnp.einsum("nv,vd->nd", part[1], table, preferred_element_type=jnp.float32), None
+
+        slope, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), (parts, error.astype(rows.dtype)))
         return carry[0].at[at].set(nll), carry[1].at[at].set(hit), carry[2].at[at].set(slope)
 
     start = (jnp.zeros(wanted.shape, jnp.float32), jnp.zeros(wanted.shape, bool), jnp.zeros(hidden.shape, jnp.float32))
@@ -100,29 +110,49 @@ def _token_nll_forward(
     return (nll, hit), (embedder, hidden, targets, wanted, slope)
 
 
-def _token_nll_backward(chunk: int, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple[Embedder, jax.Array, None, None]:
+def _token_nll_backward(
+    chunk: int, kept: Kept, cotangents: tuple[jax.Array, Any]
+) -> tuple[Embedder | None, jax.Array, None, None]:
     embedder, hidden, targets, wanted, slope = kept
     scale, _ = cotangents
+    of_hidden = (slope * scale[:, None]).astype(hidden.dtype)
+    if is_stored(embedder.table):
+        return None, of_hidden, None, None
+    parts = _parts(embedder)
 
     def body(total: jax.Array, at: jax.Array, rows: jax.Array, words: jax.Array) -> jax.Array:
-        _, _, error = _of_logits(embedder.unembed(rows), words)
-        error *= scale.at[at].get(mode="fill", fill_value=0)[:, None]
-        return total + jnp.einsum("nv,nd->vd", error.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
+        _, _, error = _of_logits(_logits(parts, rows), words)
+        error = (error * scale.at[at].get(mode="fill", fill_value=0)[None, :, None]).astype(rows.dtype)
+        return total + jnp.einsum("pnv,nd->pvd", error, rows, preferred_element_type=jnp.float32)
 
     # A loop of its own: where the table is frozen nothing reads the result, and XLA drops it.
-    total = _fold(chunk, body, jnp.zeros(embedder.table.shape, jnp.float32), hidden, targets, wanted)
-    return Embedder(total.astype(embedder.table.dtype)), (slope * scale[:, None]).astype(hidden.dtype), None, None
+    total = _fold(chunk, body, jnp.zeros(parts.shape, jnp.float32), hidden, targets, wanted)
+    return Embedder(total.reshape(embedder.table.shape).astype(embedder.table.dtype)), of_hidden, None, None
 
 
 _token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
-def _of_logits(logits: Array, words: jax.Array) -> Triple:
+def _parts(embedder: Embedder) -> Any:
+    """The table [v, d] as [parts, at most WORDS, d], in whatever form it is stored."""
+    words = jax.tree.leaves(embedder.table)[0].shape[0]
+    count = next(count for count in range(-(-words // WORDS), words + 1) if words % count == 0)
+    return jax.tree.map(lambda leaf: leaf.reshape(count, words // count, *leaf.shape[1:]), embedder.table)
+
+
+def _logits(parts: Any, rows: jax.Array) -> Float[Array, "p n w"]:
+    """Float32 logits of some positions, for each part of the table."""
+    return jax.lax.map(lambda part: Embedder(part).unembed(rows), parts)
+
+
+def _of_logits(logits: Float[Array, "p n w"], words: jax.Array) -> Triple:
     """Negative log-likelihood, whether no word is likelier, and the gradient of the former with respect to the logits."""
-    at_word = jnp.take_along_axis(logits, words[:, None], axis=1)[:, 0]
-    normalizer = jax.nn.logsumexp(logits, axis=1)
-    error = jnp.exp(logits - normalizer[:, None]) - jax.nn.one_hot(words, logits.shape[1])
-    return normalizer - at_word, at_word >= jnp.max(logits, axis=1), error
+    part, word = jnp.divmod(words, logits.shape[2])
+    at_word = logits[part, jnp.arange(words.shape[0]), word]
+    normalizer = jax.nn.logsumexp(logits, axis=(0, 2))
+    one_hot = jax.nn.one_hot(part, logits.shape[0], axis=0)[:, :, None] * jax.nn.one_hot(word, logits.shape[2])[None]
+    error = jnp.exp(logits - normalizer[None, :, None]) - one_hot
+    return normalizer - at_word, at_word >= jnp.max(logits, axis=(0, 2)), error
 
 
 def _fold(
@@ -175,13 +205,20 @@ def sample_losses(model: Pi0Fuse, batch: Batch, flow: Flow, *, mask_padded_actio
 def joint_loss(
     model: Pi0Fuse, batch: Batch, key: Key, *, coeff: float = 1.0, flow_draws: int = 1, mask_padded_actions: bool = True
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The batch loss and its metrics.
+    """The batch loss and its metrics, see ``batch_loss``."""
+    losses = sample_losses(model, batch, draw_flow(key, batch.actions, flow_draws), mask_padded_actions=mask_padded_actions)
+    return batch_loss(losses, batch.diffusion_loss_mask, coeff)
+
+
+def batch_loss(
+    losses: SampleLosses, has_action: Bool[Array, " b"], coeff: float = 1.0
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss and the metrics of a batch, given its samples' losses and which of them train actions.
 
     ``text_loss`` and ``action_loss`` are means over the samples that have that part; ``token_accuracy`` is over all targets.
     """
-    losses = sample_losses(model, batch, draw_flow(key, batch.actions, flow_draws), mask_padded_actions=mask_padded_actions)
     loss = jnp.mean(losses.text + coeff * losses.action)
-    has_text, has_action = losses.targets > 0, batch.diffusion_loss_mask
+    has_text = losses.targets > 0
     metrics: dict[str, Array] = {
         "loss": loss,
         "text_loss": _mean_where(losses.text, has_text),

@@ -25,6 +25,7 @@ from fusevla.model.layers import (
     lecun_normal,
 )
 from fusevla.model.rope import apply_rope
+from fusevla.model.storage import restore
 from fusevla.presets import ExpertConfig, Remat
 
 PIECE = 128
@@ -113,14 +114,16 @@ def transformer(
     attention runs over all c slots (k = c). The updated cache comes back if ``keep_cache``; otherwise None.
     """
 
-    def block(tokens: tuple[Array, ...], layers: tuple[ExpertLayer, ...], past: KVCache | None) -> Carry:
-        joined = tuple(Stream(x, stream.cond) for x, stream in zip(tokens, streams, strict=True))
-        return _block(layers, joined, mask, positions, implementation, past, slot, remat)
+    def block(tokens: tuple[Array, ...], layers: tuple[ExpertLayer, ...], past: KVCache | None, shared: Any) -> Carry:
+        conds, mask, positions, slot = shared
+        joined = tuple(Stream(x, cond) for x, cond in zip(tokens, conds, strict=True))
+        return _block(restore(layers), joined, mask, positions, implementation, past, slot, remat)
 
     run = checkpointed(block, remat)
+    shared = (tuple(stream.cond for stream in streams), mask, positions, slot)
 
     def step(tokens: tuple[Array, ...], layer: Any) -> tuple[tuple[Array, ...], KVCache | None]:
-        tokens, kept = run(tokens, *layer)
+        tokens, kept = run(tokens, *layer, shared)
         return tokens, (kept if keep_cache else None)
 
     stacks = (tuple(expert.layers for expert in experts), cache)

@@ -1,17 +1,19 @@
 """The linear maps, norms and the embedding that SigLIP and Gemma are made of.
 
 Every module holds arrays only (the rest is static), so that ``jax.jit``, ``lax.scan``, optax and orbax take it as it is.
-Weights are cast to the dtype of their input at use: a frozen bfloat16 leaf never gets a lasting float32 copy.
+Weights are cast to the dtype of their input at use: a frozen bfloat16 leaf never gets a lasting float32 copy. In training a
+frozen matrix may be a ``storage.Stored`` in the array's place, which the checkpointed block reads back (``restore``).
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fusevla.arrays import Array, Float, Int, Key
+from fusevla.model.storage import DTYPE, RESTORED, restore, take_rows, to_bits
 from fusevla.presets import Remat
 
 EPS = 1e-6
@@ -155,17 +157,42 @@ class Embedder(eqx.Module):
 
     def embed(self, tokens: Int[Array, "b l"], dtype: Literal["bfloat16", "float32"]) -> Float[Array, "b l d"]:
         """Rows times sqrt(d), the factor rounded to the table's dtype as in the reference (45.25 in bfloat16 at 2048)."""
-        factor = jnp.sqrt(jnp.float32(self.table.shape[1])).astype(self.table.dtype)
-        return (self.table[tokens] * factor).astype(dtype)
+        rows = take_rows(self.table, tokens)
+        factor = jnp.sqrt(jnp.float32(rows.shape[-1])).astype(rows.dtype)
+        return (rows * factor).astype(dtype)
 
     def unembed(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape v"]:
         """Float32 logits ``x @ table.T``, unscaled."""
-        return jnp.einsum("...d,vd->...v", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, restore(self.table).astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def checkpointed(function: Callable[..., T], remat: Remat) -> Callable[..., T]:
-    """``function`` with its backward pass trading time for memory: keep everything, only matrix products, or nothing."""
-    if remat == "none":
-        return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    """``function(x, *rest)`` with its backward pass trading time for memory: it keeps everything, only matrix products, or x.
+
+    Weights that were stored are restored again whatever is kept: they would be a second copy of the model. With ``full``,
+    every array must be an argument, none closed over.
+    """
+    if remat == "full":
+        return _recomputed(function)
+    policies = jax.checkpoint_policies
+    kept = {"none": policies.save_anything_except_these_names(RESTORED), "dots": policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(function, policy=kept[remat], prevent_cse=False)
+
+
+def _recomputed(function: Callable[..., T]) -> Callable[..., T]:
+    """``jax.checkpoint`` that keeps x as bits where it is bfloat16, for the reason that ``storage`` does it to weights."""
+
+    @jax.custom_vjp
+    def run(x: Any, rest: tuple[Any, ...]) -> T:
+        return function(x, *rest)
+
+    def forward(x: Any, rest: tuple[Any, ...]) -> tuple[T, Any]:
+        return run(x, rest), (jax.tree.map(lambda leaf: to_bits(leaf) if leaf.dtype == DTYPE else leaf, x), rest)
+
+    def backward(kept: Any, cotangent: T) -> tuple[Any, tuple[Any, ...]]:
+        x, rest = restore(kept[0]), kept[1]
+        _, pull_back = jax.vjp(lambda x, rest: function(x, *rest), x, rest)
+        return pull_back(cotangent)
+
+    run.defvjp(forward, backward)
+    return lambda x, *rest: run(x, rest)

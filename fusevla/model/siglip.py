@@ -8,6 +8,7 @@ from einops import rearrange
 from fusevla.arrays import Array, Float, Key
 from fusevla.model.attention import Implementation, attention
 from fusevla.model.layers import Dense, LayerNorm, checkpointed, lecun_normal, like
+from fusevla.model.storage import restore
 from fusevla.presets import Remat, VisionConfig
 
 
@@ -86,8 +87,8 @@ class SigLIP(eqx.Module):
         rows, columns = self.patch.kernel.shape[:2]
         patches = rearrange(images, "b (y r) (x c) i -> b (y x) r c i", r=rows, c=columns)
         x = (self.patch("bsrci,rcid->bsd", patches) + self.position.astype(jnp.float32)).astype(dtype)
-        block = checkpointed(lambda layer, x: layer(x, implementation, softmax_dtype), remat)
-        x, _ = jax.lax.scan(lambda x, layer: (block(layer, x), None), x, self.layers)
+        block = checkpointed(lambda x, layer: restore(layer)(x, implementation, softmax_dtype), remat)
+        x, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x, self.layers)
         return self.head(self.norm(x))
 
 

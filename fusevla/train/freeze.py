@@ -10,20 +10,25 @@
 Frozen leaves are bfloat16 and trainable leaves float32, whatever the compute dtype.
 """
 
-from typing import TypeVar, cast
+import dataclasses
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fusevla.model.fuse import Pi0Fuse
-from fusevla.model.layers import LowRank
-from fusevla.presets import Freeze
+from fusevla.model.layers import Dense, Einsum, Embedder, LowRank
+from fusevla.model.siglip import Projection
+from fusevla.model.storage import stored
+from fusevla.presets import Base, Freeze
 
 T = TypeVar("T")
 
 FROZEN_DTYPE = jnp.bfloat16
 TRAINABLE_DTYPE = jnp.float32
+MATRIX: dict[type, str] = {Einsum: "weight", Dense: "kernel", Projection: "kernel", Embedder: "table"}
+"""Where modules hold the matrix that may be stored in another form."""
 
 
 class FreezeError(ValueError):
@@ -105,6 +110,28 @@ def cast_leaves(tree: T, dtype: jax.typing.DTypeLike) -> T:
         return jnp.asarray(leaf, dtype)
 
     return cast(T, jax.tree.map(cast_leaf, tree))
+
+
+def store(frozen: Pi0Fuse, base: Base) -> Pi0Fuse:
+    """The frozen leaves as they are kept during training: matrices of layers, and the table, as ``base`` says; others stay.
+
+    What comes of it goes where ``frozen`` went: ``eqx.combine(trainable, store(frozen, base))`` is a model. Leaves may be
+    abstract. Each array can be freed once its stored form is there, if the caller keeps no reference to ``frozen``.
+    """
+    parts = lambda m: (m.vision.layers, m.language.layers, m.action.layers, m.embedder)
+    return eqx.tree_at(parts, frozen, [_store_matrices(part, base) for part in parts(frozen)], is_leaf=lambda x: x is None)
+
+
+def _store_matrices(tree: T, base: Base) -> T:
+    """By the type of the module that holds them: stacked norms and biases have two axes as well."""
+
+    def of_module(node: Any) -> Any:
+        name = MATRIX.get(type(node))
+        if name is None or getattr(node, name) is None:
+            return node
+        return dataclasses.replace(node, **{name: stored(getattr(node, name), base)})
+
+    return cast(T, jax.tree.map(of_module, tree, is_leaf=lambda node: type(node) in MATRIX))
 
 
 def count_parameters(tree: object) -> int:
