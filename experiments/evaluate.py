@@ -101,6 +101,7 @@ def job_of(args: Args) -> "Job":
 
 def load(args: Args, job: "Job", step: int | None) -> "Policy":
     """The policy of a checkpoint, or of the toy's base for step None. Raises ``ValueError`` or ``FileNotFoundError``."""
+    from fusevla.compile_cache import use_compile_cache
     from fusevla.policy.load import load_base, load_policy
     from fusevla.policy.policy import policy_of
     from fusevla.train.material import make_toy_set
@@ -112,6 +113,7 @@ def load(args: Args, job: "Job", step: int | None) -> "Policy":
         model, info = load_base(resolved)
     else:
         model, info = load_policy(args.checkpoint, step)
+    use_compile_cache()
     batch = min(_or(args.batch, 50 if args.suite is None else os.cpu_count() or 1), len(job.tickets))
     policy = policy_of(model, info, batch_size=batch)
     known = None if policy.stats is None else (len(policy.stats["state"].mean), len(policy.stats["actions"].mean))

@@ -201,6 +201,7 @@ def _peaks(memory: dict[str, int]) -> str:
 
 def run(args: Args) -> dict[str, Any]:
     """Everything; returns the figures."""
+    from fusevla.compile_cache import use_compile_cache
     from fusevla.model.openpi import make_plan
 
     config = choose_config(args)
@@ -226,6 +227,7 @@ def run(args: Args) -> dict[str, Any]:
     }
     show(report)
     if args.forward:
+        use_compile_cache()
         report["forward"] = forward_pass(model)
         report["memory_after_forward"] = memory()
         figures = report["forward"]

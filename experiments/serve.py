@@ -86,10 +86,12 @@ def check(args: Args) -> list[str]:
 
 def load(args: Args) -> "Policy":
     """The policy of the checkpoint, compiled for one query and for ``--batch``. Raises ``CheckpointError``."""
+    from fusevla.compile_cache import use_compile_cache
     from fusevla.policy.load import load_policy
     from fusevla.policy.policy import policy_of
 
     model, info = load_policy(args.checkpoint, args.step)
+    use_compile_cache()
     policy = policy_of(model, info, merge=args.merge_lora, batch_size=args.batch, smaller=(1,), temperature=args.temperature)
     if args.warm_up:
         began = time.perf_counter()

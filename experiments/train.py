@@ -125,10 +125,13 @@ def main() -> None:
 
 def run(args: Args, out: Path, began: float) -> None:
     """A new run, or one continued."""
+    from fusevla.compile_cache import use_compile_cache
+
     request = args.request()
     if args.resume:
         from fusevla.run import Options, resume_run
 
+        use_compile_cache()
         resume_run(request, out, Options(args.eval_samples, args.validate_every, began)).execute()
         return
     resolved = resolve(request)
@@ -143,6 +146,7 @@ def run(args: Args, out: Path, began: float) -> None:
     print(describe(resolved, out), flush=True)
     from fusevla.run import Options, new_run
 
+    use_compile_cache()
     new_run(resolved, out, Options(args.eval_samples, args.validate_every, began)).execute()
 
 

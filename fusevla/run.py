@@ -33,6 +33,7 @@ from fusevla.train.material import Material, prepare
 from fusevla.train.optim import make_optimizer
 from fusevla.train.request import Request, RequestError, Resolved, conflicts, continued
 from fusevla.train.sharding import check_batch_size, make_mesh, replicated
+from fusevla.train.startup import Clock, Compilation
 from fusevla.train.state import TrainState, evaluation_leaves, init_state, step_key
 from fusevla.train.step import CompiledSteps, augment_batch
 
@@ -61,6 +62,8 @@ class Run:
     mesh: Mesh
     state: TrainState
     frozen: Pi0Fuse
+    compilation: Compilation
+    clock: Clock
     options: Options
     console: Console = dataclasses.field(default_factory=Console)
 
@@ -72,7 +75,6 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Trains, evaluates, draws the pictures, writes and returns the summary."""
         start = int(self.state.step)
-        steps = CompiledSteps(self.preset.train, self.mesh, self.preset.data.mask_padded_actions)
         evaluator = self._evaluator()
         self._say(self._introduction(start))
         validation = JsonLines(self.out / "validation.jsonl", start)
@@ -81,9 +83,10 @@ class Run:
         with contextlib.closing(validation), contextlib.closing(log):
             if start == 0:
                 validate(self.state, 0)
-            timing = self._fit(steps, log, validate, start)
+                self.clock.lap("validation")
+            timing = self._fit(log, validate, start)
             final = self._final(evaluator, validation, start)
-        summary = self._summary(steps, timing, final, start)
+        summary = self._summary(timing, final, start)
         self._report(summary)
         return summary
 
@@ -122,14 +125,15 @@ class Run:
             shard_count=jax.process_count(),
         )
 
-    def _fit(self, steps: CompiledSteps, log: JsonLines, validate: Callable[[TrainState, int], None], start: int) -> Timing:
+    def _fit(self, log: JsonLines, validate: Callable[[TrainState, int], None], start: int) -> Timing:
         train = self.preset.train
         if start >= train.steps:
+            self.compilation.cancel()
             return Timing(0, 0.0, 0.0)
         info = run_info(self.material, self.base, versions())
         checkpoints = Checkpoints(self.out / "checkpoints", train.keep_checkpoints, info)
         with self._loader(start) as loader, contextlib.closing(checkpoints):
-            batches = self._compile(steps, loader)
+            batches, steps = self._first_batch(loader), self._compiled()
             self.state, timing = fit(
                 self.state,
                 self.frozen,
@@ -142,21 +146,27 @@ class Run:
                 console=self.console,
                 validate=validate,
                 validate_every=self.options.validate_every,
+                on_first_step=lambda: self._say(self.clock.first_step()),
             )
         return timing
 
-    def _compile(self, steps: CompiledSteps, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Compiles every bucket by the shapes of the first batch, which is drawn as the model will see it."""
+    def _first_batch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the first is drawn as the model will see it."""
         first = next(batches)
         picture = self.out / "batch.png"
         if not picture.exists():
             key = jax.random.split(step_key(self.state))[0]
             seen = jax.device_get(jax.jit(augment_batch, static_argnums=2)(first, key, self.preset.train.augment))
             plot_batch(seen, self.material.tokenizer, picture)
-        steps.compile(self.state, self.frozen, first, self.material.lengths)
-        times = ", ".join(f"{length} ({seconds:.1f} s)" for length, seconds in steps.seconds.items())
-        self._say(f"compiled the step for text buckets: {times}; no step is compiled later")
+        self.clock.lap("first_batch")
         return itertools.chain([first], batches)
+
+    def _compiled(self) -> CompiledSteps:
+        """The executables, once the last of them is there."""
+        steps = self.compilation.wait()
+        self.clock.lap("compile")
+        self._say(f"compiled the step for text buckets: {self.compilation}; no step is compiled later")
+        return steps
 
     def _evaluator(self) -> Evaluator | None:
         if not self.material.held_out or not self.options.eval_samples:
@@ -188,7 +198,7 @@ class Run:
             log.write({"step": self.preset.train.steps, **figures})
         return figures
 
-    def _summary(self, steps: CompiledSteps, timing: Timing, final: Figures, start: int) -> dict[str, Any]:
+    def _summary(self, timing: Timing, final: Figures, start: int) -> dict[str, Any]:
         rows, held_out = read_rows(self.out / "metrics.jsonl"), read_rows(self.out / "validation.jsonl")
         first, last = (rows[0], rows[-1]) if rows else ({}, {})
         losses = ("loss", "text_loss", "action_loss")
@@ -206,8 +216,8 @@ class Run:
             "frozen_parameters": count_parameters(self.frozen),
             "wall_seconds": round(time.perf_counter() - self.options.began, 2),
             "train_seconds": round(timing.seconds, 2),
-            "compile_seconds": round(sum(steps.seconds.values()), 2),
-            "compile_seconds_by_text_bucket": {str(length): round(value, 2) for length, value in steps.seconds.items()},
+            **self.clock.figures(),
+            **self.compilation.figures(),
             "samples_per_second": round(timing.samples_per_second, 3),
             **peak_memory(),
             "versions": versions(),
@@ -251,23 +261,27 @@ def _prepared(preset: Preset, tokenizer: str, resumed: RunInfo | None = None) ->
 
 def new_run(resolved: Resolved, out: Path, options: Options) -> Run:
     """Makes everything anew. ``out`` is created once the set, the tokenizer and the weights are known to be good."""
+    mesh, clock = make_mesh(), Clock()
+    check_batch_size(resolved.preset.train.batch_size, mesh.size)
     material = _prepared(resolved.preset, resolved.tokenizer)
-    preset, mesh = material.preset, make_mesh()
-    check_batch_size(preset.train.batch_size, mesh.size)
-    trainable, frozen = make_model(preset, resolved.weights, mesh)
-    ema = preset.train.ema_decay is not None
-    state = init_state(trainable, make_optimizer(preset.train), training_key(preset), ema)
-    state = cast(TrainState, jax.device_put(state, replicated(mesh)))
-    base = base_of(frozen, resolved.weights)
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if base.stored:
-        save_frozen(out / "checkpoints", frozen)
-    return Run(out, material, base, mesh, state, frozen, options)
+    preset = material.preset
+    clock.lap("data")
+    with Compilation(material.preset, material.training, material.lengths, mesh) as compilation:
+        trainable, frozen = make_model(preset, resolved.weights, mesh)
+        ema = preset.train.ema_decay is not None
+        state = init_state(trainable, make_optimizer(preset.train), training_key(preset), ema)
+        state = cast(TrainState, jax.device_put(state, replicated(mesh)))
+        base = base_of(frozen, resolved.weights)
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if base.stored:
+            save_frozen(out / "checkpoints", frozen)
+    clock.lap("weights")
+    return Run(out, material, base, mesh, state, frozen, compilation, clock, options)
 
 
 def resume_run(request: Request, out: Path, options: Options) -> Run:
     """Continues the run in ``out`` from its latest complete checkpoint; flags may not change what it computes."""
-    checkpoints = out / "checkpoints"
+    checkpoints, mesh, clock = out / "checkpoints", make_mesh(), Clock()
     info = read_info(checkpoints)
     clash = conflicts(request, info.preset)
     if clash:
@@ -276,7 +290,11 @@ def resume_run(request: Request, out: Path, options: Options) -> Run:
             "Leave them out, or start a new run with another --out"
         )
     info = dataclasses.replace(info, preset=continued(request, info.preset))
-    material, mesh = _prepared(info.preset, "", info), make_mesh()
     check_batch_size(info.preset.train.batch_size, mesh.size)
-    state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
-    return Run(out, material, info.base, mesh, state, restore_frozen(checkpoints, info, mesh), options)
+    material = _prepared(info.preset, "", info)
+    clock.lap("data")
+    with Compilation(material.preset, material.training, material.lengths, mesh) as compilation:
+        state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
+        frozen = restore_frozen(checkpoints, info, mesh)
+    clock.lap("weights")
+    return Run(out, material, info.base, mesh, state, frozen, compilation, clock, options)

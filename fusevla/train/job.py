@@ -76,7 +76,7 @@ def restore_frozen(checkpoints: Path, info: RunInfo, mesh: Mesh) -> Pi0Fuse:
 
     Raises ``CheckpointError`` where they are gone or not the same.
     """
-    _, like = partition(fuse.abstract(info.preset.model), info.preset.train.freeze)
+    like = abstract_frozen(info.preset)
     if not jax.tree.leaves(like):
         return like
     if info.base.stored:
@@ -97,6 +97,11 @@ def restore_frozen(checkpoints: Path, info: RunInfo, mesh: Mesh) -> Pi0Fuse:
 def abstract_trainable(preset: Preset) -> Pi0Fuse:
     """Shapes of the trainable leaves."""
     return partition(fuse.abstract(preset.model), preset.train.freeze)[0]
+
+
+def abstract_frozen(preset: Preset) -> Pi0Fuse:
+    """Shapes of the frozen leaves."""
+    return partition(fuse.abstract(preset.model), preset.train.freeze)[1]
 
 
 def abstract_state(preset: Preset) -> TrainState:

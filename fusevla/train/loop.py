@@ -177,11 +177,13 @@ def fit(
     console: Console,
     validate: Validate | None = None,
     validate_every: int | None = None,
+    on_first_step: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, Timing]:
     """Trains from the state's step to ``config.steps``; the last step is always saved.
 
     ``batches`` starts at the state's step. ``validate`` is called with (state, step) every ``validate_every`` steps, not at
-    the end. Raises ``NonFiniteError`` (earlier checkpoints stay), and whatever ``batches`` raises.
+    the end; ``on_first_step`` when the first step of this call is done. Raises ``NonFiniteError`` (earlier checkpoints stay),
+    and whatever ``batches`` raises.
     """
     start = int(state.step)
     began, paused = time.perf_counter(), 0.0
@@ -195,6 +197,8 @@ def fit(
             save = step % config.save_every == 0 or step == config.steps
             if save or step % config.log_every == 0 or step == start + 1:
                 recorder.flush()
+            if step == start + 1:
+                on_first_step()
             if save:
                 checkpoints.save(step, state)
                 last_saved = step

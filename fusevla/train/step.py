@@ -94,11 +94,23 @@ class CompiledSteps:
         self._compiled: dict[int, jax.stages.Compiled] = {}
         self.seconds: dict[int, float] = {}
 
-    def compile(self, state: TrainState, frozen: Pi0Fuse, batch: Batch, lengths: Iterable[int]) -> dict[int, float]:
-        """Compiles for text of each of ``lengths``; seconds by length. ``batch`` gives all other shapes."""
+    def compile(
+        self,
+        state: TrainState,
+        frozen: Pi0Fuse,
+        batch: Batch,
+        lengths: Iterable[int],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> dict[int, float]:
+        """Compiles for text of each of ``lengths``; seconds by length. ``batch`` gives all other shapes.
+
+        Leaves may be abstract. Once ``cancelled`` says so, no further compilation begins.
+        """
         for length in lengths:
             start = time.perf_counter()
             lowered = self._jitted.lower(state, frozen, abstract_batch(batch, length, split(self._mesh)))
+            if cancelled():
+                break
             self._compiled[length] = lowered.compile()
             self.seconds[length] = time.perf_counter() - start
         return self.seconds
