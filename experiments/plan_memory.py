@@ -197,8 +197,9 @@ def show(figures: Mapping[str, Any]) -> None:
     table.add_column("what it costs")
     for size in figures["batches"]:
         table.add_row(f"batch {size['batch']}", *_cells(size), "")
-    table.add_section()
-    table.add_row(f"batch {figures['batch']} with", *4 * [""], "")
+    if figures["levers"]:
+        table.add_section()
+        table.add_row(f"batch {figures['batch']} with", *4 * [""], "")
     for lever in [*figures["levers"], *filter(None, [figures["together"]])]:
         table.add_row("\n".join(lever["flags"]), *_cells(lever), lever.get("costs", ""))
     Console().print(table)

@@ -18,7 +18,7 @@ from fusevla.data.batch import collate
 from fusevla.data.lerobot_meta import LeRobotError
 from fusevla.data.loader import Loader, make_loader
 from fusevla.data.mixture import Mixture
-from fusevla.evaluate.machine import peak_memory, versions
+from fusevla.evaluate.machine import memory_limit, peak_memory, versions
 from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
 from fusevla.evaluate.report import plot_batch, plot_losses
 from fusevla.files import write_whole
@@ -30,6 +30,7 @@ from fusevla.train.freeze import FreezeError, count_parameters
 from fusevla.train.job import abstract_state, base_of, make_model, restore_frozen, run_info, training_key
 from fusevla.train.loop import JsonLines, NonFiniteError, Timing, fit, read_rows
 from fusevla.train.material import Material, prepare
+from fusevla.train.memory import Memory, largest_of, least_memory, warning
 from fusevla.train.optim import make_optimizer
 from fusevla.train.request import Request, RequestError, Resolved, conflicts, continued
 from fusevla.train.sharding import check_batch_size, make_mesh, replicated
@@ -166,6 +167,7 @@ class Run:
         steps = self.compilation.wait()
         self.clock.lap("compile")
         self._say(f"compiled the step for text buckets: {self.compilation}; no step is compiled later")
+        warn(largest_of(steps.executables.values()), self.preset, self.console)
         return steps
 
     def _evaluator(self) -> Evaluator | None:
@@ -250,6 +252,13 @@ def format_figures(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in figures.items())
 
 
+def warn(memory: Memory | None, preset: Preset, console: Console) -> None:
+    """Says so where training is likely to run out of memory."""
+    text = None if memory is None else warning(memory, memory_limit(), preset)
+    if text is not None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def _prepared(preset: Preset, tokenizer: str, resumed: RunInfo | None = None) -> Material:
     try:
         return prepare(preset, tokenizer, resumed)
@@ -266,6 +275,7 @@ def new_run(resolved: Resolved, out: Path, options: Options) -> Run:
     material = _prepared(resolved.preset, resolved.tokenizer)
     preset = material.preset
     clock.lap("data")
+    warn(least_memory(material.preset, max(material.lengths), mesh.size), material.preset, Console())
     with Compilation(material.preset, material.training, material.lengths, mesh) as compilation:
         trainable, frozen = make_model(preset, resolved.weights, mesh)
         ema = preset.train.ema_decay is not None
@@ -293,6 +303,7 @@ def resume_run(request: Request, out: Path, options: Options) -> Run:
     check_batch_size(info.preset.train.batch_size, mesh.size)
     material = _prepared(info.preset, "", info)
     clock.lap("data")
+    warn(least_memory(material.preset, max(material.lengths), mesh.size), material.preset, Console())
     with Compilation(material.preset, material.training, material.lengths, mesh) as compilation:
         state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
         frozen = restore_frozen(checkpoints, info, mesh)

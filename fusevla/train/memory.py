@@ -5,6 +5,7 @@ differ by some percent. Arguments (weights, optimizer, batch) are the same every
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -12,11 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from fusevla.arrays import Batch, Observation
-from fusevla.model import fuse
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import Preset
-from fusevla.train.freeze import partition
-from fusevla.train.job import abstract_state
+from fusevla.train.job import abstract_state, abstract_stored
 from fusevla.train.levers import divisors, levers, plan_flags
 from fusevla.train.sharding import check_batch_size
 from fusevla.train.state import TrainState
@@ -61,6 +60,12 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
     return Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, fresh)
 
 
+def largest_of(executables: Iterable[jax.stages.Compiled]) -> Memory | None:
+    """What the one needs that needs most; None where the backend does not tell."""
+    known = [memory for memory in map(memory_of, executables) if memory is not None]
+    return max(known, key=lambda memory: memory.total, default=None)
+
+
 def _empty_batch(preset: Preset, size: int, length: int) -> Batch:
     """Zeros in the shapes of a batch with every camera of the preset."""
     model, flags, text = preset.model, jnp.zeros(size, bool), jnp.zeros((size, length), bool)
@@ -84,9 +89,8 @@ def _empty_batch(preset: Preset, size: int, length: int) -> Batch:
 
 def abstract_inputs(preset: Preset, batch_size: int, text_length: int) -> tuple[TrainState, Pi0Fuse, Batch]:
     """(state, frozen, batch) of ``train_step`` as shapes: no weight is made or read."""
-    _, frozen = partition(fuse.abstract(preset.model), preset.train.freeze)
     batch = jax.eval_shape(partial(_empty_batch, preset, batch_size, text_length))
-    return abstract_state(preset), frozen, batch
+    return abstract_state(preset), abstract_stored(preset), batch
 
 
 def least_memory(preset: Preset, batch_size: int, text_length: int, devices: int = 1) -> Memory:

@@ -94,6 +94,11 @@ class CompiledSteps:
         self._compiled: dict[int, jax.stages.Compiled] = {}
         self.seconds: dict[int, float] = {}
 
+    @property
+    def executables(self) -> dict[int, jax.stages.Compiled]:
+        """Those that are compiled, by text length."""
+        return self._compiled
+
     def compile(
         self,
         state: TrainState,

@@ -2,15 +2,29 @@
 
 import dataclasses
 import functools
+import io
+import os
 
 import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from fusevla.evaluate.machine import memory_limit
 from fusevla.presets import LIBERO10, PRESETS, DataConfig, Preset
+from fusevla.run import warn
 from fusevla.train.levers import Lever, divisors, levers, plan_flags
-from fusevla.train.memory import Memory, abstract_inputs, least_memory, memory_of, planned_memory, usable_bytes, warning
+from fusevla.train.memory import (
+    Memory,
+    abstract_inputs,
+    largest_of,
+    least_memory,
+    memory_of,
+    planned_memory,
+    usable_bytes,
+    warning,
+)
 from fusevla.train.plan import largest_batch, try_levers, try_sizes, try_together, with_batch
 from fusevla.train.step import CompiledSteps
 from tests.train.synthetic import CAMERAS, MESH, MODEL, TRAIN, random_batch
@@ -27,7 +41,7 @@ def test_the_plan_is_that_of_the_executable_that_trains() -> None:
     state, frozen, _ = abstract_inputs(PRESET, 2, 12)
     steps = CompiledSteps(PRESET.train, MESH)
     steps.compile(state, frozen, random_batch(0, 2), [12])
-    trains = memory_of(steps._compiled[12])
+    trains = memory_of(steps.executables[12])
     assert trains is not None
     assert (trains.argument_bytes, trains.output_bytes) == (planned(2).argument_bytes, planned(2).output_bytes)
     assert trains.temp_bytes == pytest.approx(planned(2).temp_bytes, rel=0.01)
@@ -237,3 +251,31 @@ def test_the_command_of_a_plan_names_what_differs_from_the_preset() -> None:
     assert plan_flags(LIBERO10) == ["--preset libero10", "--batch 4"]
     changed = Lever("remat", "none", "").pull(Lever("base", "int8", "").pull(with_batch(LIBERO10, 64)))
     assert plan_flags(changed) == ["--preset libero10", "--batch 64", "--base int8", "--remat none"]
+
+
+def test_of_several_executables_the_hungriest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    executables = [jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((size,), "float32")).compile() for size in (8, 64, 16)]
+    found = largest_of(executables)
+    assert found is not None
+    assert found == memory_of(executables[1])
+    assert (found.argument_bytes, found.output_bytes) == (256, 256)
+    assert largest_of([]) is None
+    monkeypatch.setattr("fusevla.train.memory.memory_of", lambda compiled: None)
+    assert largest_of(executables) is None
+
+
+def test_the_limit_of_a_cpu_is_what_is_taken_and_what_is_free() -> None:
+    limit = memory_limit()
+    assert limit is not None
+    assert 0 < limit < 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_run_warns_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusevla.run.memory_limit", lambda: 5_000_000_000)
+    written = io.StringIO()
+    console = Console(file=written, width=80)
+    warn(Memory(2_000_000_000, 2_000_000_000), LIBERO10, console)
+    warn(None, LIBERO10, console)
+    assert written.getvalue() == ""
+    warn(Memory(2_000_000_000, 4_000_000_000), LIBERO10, console)
+    assert written.getvalue().startswith("warning: a training step needs at least 6.0 GB of memory")
