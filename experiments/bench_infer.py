@@ -65,6 +65,7 @@ def load(args: Args) -> tuple["Pi0Fuse", "Preset"]:
     import equinox as eqx
     import jax
 
+    from fusevla.model.attention_choice import on_this_device
     from fusevla.policy.load import load_policy
     from fusevla.train.job import make_model
     from fusevla.train.request import Request, RequestError, resolve
@@ -78,8 +79,9 @@ def load(args: Args) -> tuple["Pi0Fuse", "Preset"]:
     resolved = resolve(Request(args.preset, weights=args.weights, lora=True))
     if resolved.weights is None and not resolved.from_scratch:
         raise RequestError(f"--preset {args.preset}: its weights are not at hand; give --weights PATH, or none for random ones")
-    parts = make_model(resolved.preset, resolved.weights, make_mesh(jax.devices()[:1]))
-    return _untiring(eqx.combine(*parts)), resolved.preset
+    preset = on_this_device(resolved.preset)
+    parts = make_model(preset, resolved.weights, make_mesh(jax.devices()[:1]))
+    return _untiring(eqx.combine(*parts)), preset
 
 
 def _untiring(model: "Pi0Fuse") -> "Pi0Fuse":

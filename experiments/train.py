@@ -10,7 +10,6 @@ overwritten: --resume continues the run in it with exactly the losses of an unin
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,7 +59,7 @@ class Args:
     remat: Remat | None = None
     """What the backward pass computes again rather than keeps: nothing, all but matrix products, everything."""
     attention: Attention | None = None
-    """Which attention kernel."""
+    """Which attention kernel; auto: what suits the device, once it has been checked against plain."""
     flow_draws: int | None = None
     """(noise, time) draws per sample that share one prefix pass."""
     ema: float | None = None
@@ -113,17 +112,16 @@ def output_folder(args: Args) -> Path:
 def main() -> None:
     """Parses the flags, then trains."""
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    began = time.perf_counter()
     try:
         out = output_folder(args)
-        run(args, out, began)
+        run(args, out)
     except Exception as error:
         if not _is_expected(error):
             raise
         sys.exit(f"error: {error}")
 
 
-def run(args: Args, out: Path, began: float) -> None:
+def run(args: Args, out: Path) -> None:
     """A new run, or one continued."""
     from fusevla.compile_cache import use_compile_cache
 
@@ -132,7 +130,7 @@ def run(args: Args, out: Path, began: float) -> None:
         from fusevla.run import Options, resume_run
 
         use_compile_cache()
-        resume_run(request, out, Options(args.eval_samples, args.validate_every, began)).execute()
+        resume_run(request, out, Options(args.eval_samples, args.validate_every)).execute()
         return
     resolved = resolve(request)
     if resolved.preset.name == TOY and args.data is None:
@@ -147,7 +145,7 @@ def run(args: Args, out: Path, began: float) -> None:
     from fusevla.run import Options, new_run
 
     use_compile_cache()
-    new_run(resolved, out, Options(args.eval_samples, args.validate_every, began)).execute()
+    new_run(resolved, out, Options(args.eval_samples, args.validate_every)).execute()
 
 
 def _is_expected(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 Freeze = Literal["llm", "all_but_lora", "none"]
 Remat = Literal["none", "dots", "full"]
 Base = Literal["bf16", "int8", "nf4"]
-Attention = Literal["plain", "xla", "cudnn"]
+Attention = Literal["auto", "plain", "xla", "cudnn"]
 Moments = Literal["float32", "bfloat16", "int8"]
 
 
@@ -79,6 +79,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; softmax, norm variances, RoPE, losses and the action heads are float32 whatever this says."""
     attention: Attention = "xla"
+    """``auto`` is for presets: what is best on the device that runs them, chosen (and checked) at the start of a run."""
     remat: Remat = "full"
 
 
@@ -205,6 +206,9 @@ PI05 = ModelConfig(
 )
 """The published sizes: 3,353,433,872 parameters and 49,987,584 of LoRA."""
 
+FULL = dataclasses.replace(PI05, attention="auto")
+"""The published sizes on whatever device there is."""
+
 TINY = ModelConfig(
     vision=VisionConfig(width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=28),
     language=ExpertConfig(width=128, depth=4, mlp_dim=256, num_heads=4, head_dim=32, lora=LoraConfig(rank=8, alpha=8.0)),
@@ -242,7 +246,7 @@ TOY_MODEL = ModelConfig(
 
 def _libero(name: str, steps: int, warmup_steps: int) -> Preset:
     schedule = ScheduleConfig(peak=5e-5, end=5e-6, warmup_steps=warmup_steps, decay_steps=steps)
-    return Preset(name=name, model=PI05, train=TrainConfig(steps=steps, batch_size=4, schedule=schedule))
+    return Preset(name=name, model=FULL, train=TrainConfig(steps=steps, batch_size=4, schedule=schedule))
 
 
 LIBERO10 = _libero("libero10", steps=10_000, warmup_steps=300)

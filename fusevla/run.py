@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from fusevla.evaluate.machine import memory_limit, peak_memory, versions
 from fusevla.evaluate.metrics import Evaluator, Figures, pick_held_out, training_mean
 from fusevla.evaluate.report import plot_batch, plot_losses
 from fusevla.files import write_whole
+from fusevla.model.attention_choice import on_this_device
 from fusevla.model.fetch import CheckpointError
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import Preset
@@ -49,8 +49,6 @@ class Options:
     eval_samples: int = 64
     """Held-out samples of each kind; 0 for no held-out figures."""
     validate_every: int | None = None
-    began: float = dataclasses.field(default_factory=time.perf_counter)
-    """When the process began, for the wall time."""
 
 
 @dataclasses.dataclass
@@ -101,7 +99,7 @@ class Run:
         return (
             f"{resumed}parameters: {trains:,} trainable (float32), {rests:,} frozen (bfloat16)\n"
             f"training frames: {len(self.material.samples):,}; held-out frames: {held_out:,}\n{self._sets()}\n"
-            f"devices: {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+            f"devices: {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, attention {self.frozen.config.attention}"
         )
 
     def _sets(self) -> str:
@@ -216,7 +214,7 @@ class Run:
             "held_out": {"initial": held_out[0] if held_out else None, "final": final or None},
             "trainable_parameters": count_parameters(self.state.trainable),
             "frozen_parameters": count_parameters(self.frozen),
-            "wall_seconds": round(time.perf_counter() - self.options.began, 2),
+            "wall_seconds": round(self.clock.elapsed(), 2),
             "train_seconds": round(timing.seconds, 2),
             **self.clock.figures(),
             **self.compilation.figures(),
@@ -273,10 +271,10 @@ def new_run(resolved: Resolved, out: Path, options: Options) -> Run:
     mesh, clock = make_mesh(), Clock()
     check_batch_size(resolved.preset.train.batch_size, mesh.size)
     material = _prepared(resolved.preset, resolved.tokenizer)
-    preset = material.preset
+    preset = on_this_device(material.preset)
     clock.lap("data")
     warn(least_memory(material.preset, max(material.lengths), mesh.size), material.preset, Console())
-    with Compilation(material.preset, material.training, material.lengths, mesh) as compilation:
+    with Compilation(preset, material.training, material.lengths, mesh) as compilation:
         trainable, frozen = make_model(preset, resolved.weights, mesh)
         ema = preset.train.ema_decay is not None
         state = init_state(trainable, make_optimizer(preset.train), training_key(preset), ema)
@@ -302,9 +300,10 @@ def resume_run(request: Request, out: Path, options: Options) -> Run:
     info = dataclasses.replace(info, preset=continued(request, info.preset))
     check_batch_size(info.preset.train.batch_size, mesh.size)
     material = _prepared(info.preset, "", info)
+    info = dataclasses.replace(info, preset=on_this_device(info.preset))
     clock.lap("data")
     warn(least_memory(material.preset, max(material.lengths), mesh.size), material.preset, Console())
-    with Compilation(material.preset, material.training, material.lengths, mesh) as compilation:
+    with Compilation(info.preset, material.training, material.lengths, mesh) as compilation:
         state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
         frozen = restore_frozen(checkpoints, info, mesh)
     clock.lap("weights")

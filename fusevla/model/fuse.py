@@ -106,7 +106,7 @@ def embed_images(model: Pi0Fuse, images: dict[str, Array]) -> dict[str, Float[Ar
 
 def _vision_attention(config: ModelConfig) -> Implementation:
     """The tower stays on XLA where Gemma uses cuDNN: its unmasked, short, head_dim-72 attention gains nothing measured."""
-    return "plain" if config.attention == "plain" else "xla"
+    return "xla" if config.attention == "cudnn" else config.attention
 
 
 def embed_prefix(model: Pi0Fuse, observation: Observation) -> Prefix:

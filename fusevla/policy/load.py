@@ -1,10 +1,12 @@
 """Trained models from the folders of their runs, and the base that a run begins with."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from fusevla.model.attention_choice import on_this_device
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.train.checkpoint import RunInfo, read_info, restore_state
 from fusevla.train.job import abstract_state, base_of, combine, make_model, restore_frozen, run_info
@@ -32,6 +34,7 @@ def load_policy(folder: str | Path, step: int | None = None) -> tuple[Pi0Fuse, R
     """
     checkpoints, mesh = checkpoints_folder(folder), make_mesh(jax.devices()[:1])
     info = read_info(checkpoints, step)
+    info = dataclasses.replace(info, preset=on_this_device(info.preset))
     state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh), step)
     model = combine(evaluation_leaves(state), restore_frozen(checkpoints, info, mesh))
     return jax.tree.map(jnp.asarray, model), info
@@ -44,6 +47,6 @@ def load_base(resolved: Resolved) -> tuple[Pi0Fuse, RunInfo]:
         ValueError: what a new run raises about its set, tokenizer or weights.
         FileNotFoundError: one of them is not there.
     """
-    material, mesh = prepare(resolved.preset, resolved.tokenizer), make_mesh(jax.devices()[:1])
+    material, mesh = prepare(on_this_device(resolved.preset), resolved.tokenizer), make_mesh(jax.devices()[:1])
     trainable, frozen = make_model(material.preset, resolved.weights, mesh)
     return combine(trainable, frozen), run_info(material, base_of(frozen, resolved.weights), {})

@@ -88,7 +88,12 @@ def _empty_batch(preset: Preset, size: int, length: int) -> Batch:
 
 
 def abstract_inputs(preset: Preset, batch_size: int, text_length: int) -> tuple[TrainState, Pi0Fuse, Batch]:
-    """(state, frozen, batch) of ``train_step`` as shapes: no weight is made or read."""
+    """(state, frozen, batch) of ``train_step`` as shapes: no weight is made or read.
+
+    Attention that is yet to be chosen is taken as "xla", which runs everywhere and needs no less memory than cuDNN's.
+    """
+    if preset.model.attention == "auto":
+        preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, attention="xla"))
     batch = jax.eval_shape(partial(_empty_batch, preset, batch_size, text_length))
     return abstract_state(preset), abstract_stored(preset), batch
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fusevla.files import cache_folder, openpi_cache_folder
 from fusevla.presets import (
+    FULL,
     PI05,
     PRESETS,
     TINY,
@@ -104,7 +105,7 @@ def _replaced(config: Any, **changes: Any) -> Any:
 
 
 def _model(base: ModelConfig, request: Request, scratch: bool) -> ModelConfig:
-    config = base if request.model is None else {"tiny": TINY, "full": PI05}[request.model]
+    config = base if request.model is None else {"tiny": TINY, "full": FULL}[request.model]
     keep_lora = request.lora if request.lora is not None else not scratch
     config = _replaced(config, remat=request.remat, attention=request.attention)
     return config if keep_lora else without_lora(config)

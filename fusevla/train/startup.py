@@ -51,6 +51,10 @@ class Clock:
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
+    def elapsed(self) -> float:
+        """Seconds since the process began."""
+        return time.perf_counter() - self._began
+
     def first_step(self) -> str:
         """The first step is done; says how long everything took."""
         self.lap("first_step")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusevla.presets import LIBERO10, LIBERO100, PI05, TINY, Preset, ScheduleConfig
+from fusevla.presets import FULL, LIBERO10, LIBERO100, TINY, Preset, ScheduleConfig
 from fusevla.train.missing import describe, missing
 from fusevla.train.request import Request, RequestError, conflicts, continued, resolve
 
@@ -35,7 +35,7 @@ def test_published_tables() -> None:
     assert LIBERO10.train.schedule == ScheduleConfig(5e-5, 5e-6, 300, 10_000)
     assert LIBERO100.train.schedule == ScheduleConfig(5e-5, 5e-6, 1_000, 30_000)
     assert (LIBERO10.train.steps, LIBERO100.train.steps, LIBERO10.train.batch_size) == (10_000, 30_000, 4)
-    assert (LIBERO10.model, LIBERO10.num_steps, LIBERO10.data.max_token_len) == (PI05, 10, 415)
+    assert (LIBERO10.model, LIBERO10.num_steps, LIBERO10.data.max_token_len) == (FULL, 10, 415)
 
 
 def test_from_scratch_trains_everything_on_its_own_schedule() -> None:
