@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from fusevla.presets import PRESETS, Preset
+from fusevla.presets import PRESETS, TINY, Preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,13 @@ def levers(preset: Preset, parts: Sequence[int] = ()) -> list[Lever]:
     model, train = preset.model, preset.train
     found = [] if model.remat == "full" else [Lever("remat", "full", "up to a third more time")]
     found += [Lever("accumulate", number, "parts take turns") for number in parts]
-    tower_trains, some_rest = train.freeze != "all_but_lora", train.freeze != "none"
+    lora = model.language.lora is not None or model.action.lora is not None
+    tower_trains, some_rest = train.freeze != "all_but_lora", train.freeze != "none" and lora
     moments = _after(("float32", "bfloat16", "int8"), train.moments) if tower_trains else ()
     found += [Lever("moments", kind, "rounds the tower's moments") for kind in moments]
     bases = _after(("bf16", "int8", "nf4"), train.base) if some_rest else ()
     found += [Lever("base", kind, "rounds frozen weights") for kind in bases]
-    if tower_trains and (model.language.lora or model.action.lora):
+    if tower_trains and lora:
         found.append(Lever("freeze", "all_but_lora", "the image tower does not learn"))
     return found
 
@@ -57,4 +58,7 @@ def plan_flags(preset: Preset) -> list[str]:
     for name in ("freeze", "base", "moments", "accumulate", "flow_draws"):
         value = getattr(train, name)
         flags += [f"--{name.replace('_', '-')} {value}"] if value != getattr(named.train, name) else []
+    adapted = preset.model.language.lora is not None
+    flags += [f"--lora {adapted}"] if adapted != (named.model.language.lora is not None) else []
+    flags += ["--model tiny"] if preset.model.vision == TINY.vision else []
     return flags + ([f"--remat {preset.model.remat}"] if preset.model.remat != named.model.remat else [])

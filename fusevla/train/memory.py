@@ -132,10 +132,10 @@ def warning(memory: Memory, limit_bytes: int | None, preset: Preset) -> str | No
     parts = divisors(train.batch_size, train.accumulate)
     enough = [number for number in parts if work * train.accumulate <= room * number] or parts[-1:]
     flags = [lever.flag for lever in levers(preset, enough[:1])] + ["--batch with fewer samples"]
-    gpu = (limit_bytes + RESERVE) / SHARE / GB
+    gpu, to_work = (limit_bytes + RESERVE) / SHARE / GB, f"{work / GB:.1f} GB to work in" if work else "without any to work in"
     return (
         f"warning: a training step needs at least {memory.total / GB:.1f} GB of memory ({memory.argument_bytes / GB:.1f} GB for "
-        f"weights, optimizer and batch, {work / GB:.1f} GB to work in) and there are {limit_bytes / GB:.1f} GB: it is likely to "
+        f"weights, optimizer and batch, {to_work}) and there are {limit_bytes / GB:.1f} GB: it is likely to "
         f"run out.\nOn a GPU, JAX takes 75% unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (say) is set before the command. "
         f"Flags that save memory, from harmless to costly: {', '.join(flags)}.\n"
         f"Which of them are enough: python experiments/plan_memory.py {' '.join(plan_flags(preset))} --gpu {gpu:.1f}"

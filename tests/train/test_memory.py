@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fusevla.evaluate.machine import memory_limit
-from fusevla.presets import LIBERO10, PRESETS, DataConfig, Preset
+from fusevla.presets import LIBERO10, PRESETS, TINY, DataConfig, Preset, without_lora
 from fusevla.run import warn
 from fusevla.train.levers import Lever, divisors, levers, plan_flags
 from fusevla.train.memory import (
@@ -178,6 +178,8 @@ def test_what_a_preset_does_already_is_no_lever() -> None:
     names = lambda preset: {lever.name for lever in levers(preset)}
     assert names(LIBERO10) == {"moments", "base", "freeze"}
     assert names(Lever("freeze", "none", "").pull(LIBERO10)) == {"moments", "freeze"}
+    bare = dataclasses.replace(LIBERO10, model=without_lora(LIBERO10.model))
+    assert names(bare) == {"moments"}, "without LoRA nothing is frozen"
     assert names(PRESETS["libero-small"]) == {"remat", "moments", "freeze"}
 
 
@@ -240,6 +242,10 @@ def test_the_warning_says_what_is_needed_and_what_helps() -> None:
     assert text.endswith("python experiments/plan_memory.py --preset libero10 --batch 16 --freeze none --gpu 24.0")
 
 
+def test_arguments_alone_are_said_to_be_alone() -> None:
+    assert "without any to work in" in str(warning(Memory(11_500_000_000, 0), 8_000_000_000, LIBERO10))
+
+
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 200), st.integers(1, 16))
 def test_a_warning_is_given_exactly_where_memory_is_short(arguments: int, work: int, limit: int, batch: int) -> None:
     memory, preset = Memory(arguments, work), with_batch(LIBERO10, batch)
@@ -251,6 +257,8 @@ def test_the_command_of_a_plan_names_what_differs_from_the_preset() -> None:
     assert plan_flags(LIBERO10) == ["--preset libero10", "--batch 4"]
     changed = Lever("remat", "none", "").pull(Lever("base", "int8", "").pull(with_batch(LIBERO10, 64)))
     assert plan_flags(changed) == ["--preset libero10", "--batch 64", "--base int8", "--remat none"]
+    tiny = dataclasses.replace(LIBERO10, model=without_lora(TINY))
+    assert plan_flags(tiny) == ["--preset libero10", "--batch 4", "--lora False", "--model tiny", "--remat none"]
 
 
 def test_of_several_executables_the_hungriest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
