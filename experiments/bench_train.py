@@ -20,7 +20,7 @@ product in the compute dtype.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from fusevla.arrays import Batch
+    from fusevla.evaluate.bench_sides import Side
     from fusevla.presets import ModelConfig, Preset
 
 BATCH_SIZE = {"medium": 4, "full": 16}
@@ -52,6 +52,8 @@ class Args:
     """How ours stores frozen weights."""
     compile_only: bool = False
     """Plan memory, from abstract values: nothing is run, no weight is made."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How ours keeps the moments of the image tower."""
     remat: Literal["none", "dots", "full"] | None = None
     """What ours recomputes in the backward pass; by default as the preset."""
     attention: Literal["plain", "xla", "cudnn"] | None = None
@@ -70,14 +72,12 @@ def make_preset(args: Args) -> "Preset":
     """libero10 with the chosen sizes. ValueError for what cannot be measured."""
     from fusevla.presets import LIBERO10
 
-    if args.base != "bf16":
-        raise ValueError(f"--base {args.base}: expected bf16; quantised storage of frozen weights is not available yet")
     size = BATCH_SIZE[args.size] if args.batch is None else args.batch
     if size < 2 or size % 2 or min(args.batches, args.repeats) < 1:
         raise ValueError("--batch: expected an even number of at least 2; --batches and --repeats: at least 1")
     model = model_config(args.size)
     model = dataclasses.replace(model, remat=args.remat or model.remat, attention=args.attention or model.attention)
-    train = dataclasses.replace(LIBERO10.train, freeze=args.freeze, batch_size=size)
+    train = dataclasses.replace(LIBERO10.train, freeze=args.freeze, base=args.base, moments=args.moments, batch_size=size)
     return dataclasses.replace(LIBERO10, name=f"bench-{args.size}", model=model, train=train)
 
 
@@ -97,80 +97,16 @@ def model_config(size: str) -> "ModelConfig":
     )
 
 
-@dataclasses.dataclass
-class Side:
-    """One way to train: its batches, its executables by text length, and what they took."""
-
-    batches: list["Batch"]
-    step: Callable[..., Any]
-    loss: Callable[..., Any]
-    flops: float
-    state: Any = None
-    compiled: dict[int, Any] = dataclasses.field(default_factory=dict)
-    compile_seconds: float = 0.0
-    forward: Callable[[], Any] | None = None
-    first: dict[str, float] | None = None
-    taken: list[list[float]] = dataclasses.field(default_factory=list)
-    forward_taken: list[float] = dataclasses.field(default_factory=list)
-
-    def compile(self, state: Any, frozen: Any) -> None:
-        """An executable for every text length among the batches, donating the state as training does."""
-        import jax
-
-        from fusevla.train.sharding import make_mesh, replicated
-        from fusevla.train.step import abstract_batch
-
-        everywhere = replicated(make_mesh(jax.devices()[:1]))
-        jitted = jax.jit(self.step, donate_argnums=0)
-        for length in sorted({text_length(batch) for batch in self.batches}):
-            began = time.perf_counter()
-            self.compiled[length] = jitted.lower(state, frozen, abstract_batch(self.batches[0], length, everywhere)).compile()
-            self.compile_seconds = max(self.compile_seconds, time.perf_counter() - began)
-
-    def run(self, batch: "Batch", frozen: Any) -> tuple[float, dict[str, Any]]:
-        """Seconds of a step, and its metrics."""
-        import jax
-
-        began = time.perf_counter()
-        self.state, metrics = self.compiled[text_length(batch)](self.state, frozen, batch)
-        jax.block_until_ready((self.state, metrics))
-        return time.perf_counter() - began, metrics
-
-
-def text_length(batch: "Batch") -> int:
-    """Tokens that the texts of a batch are padded to."""
-    return int(batch.observation.tokens.shape[1])
-
-
-def make_sides(args: Args, preset: "Preset") -> dict[str, Side]:
-    """Both ways to train on the same samples."""
-    from fusevla.evaluate.drawn_batches import draw_batches
-    from fusevla.evaluate.flops import Workload, train_flops
-    from fusevla.evaluate.reference_step import reference_batch, reference_loss, reference_step
-    from fusevla.losses import joint_loss
-    from fusevla.train.step import train_step
-
-    batches, size, cameras = draw_batches(preset, args.batches, args.seed), preset.train.batch_size, len(preset.data.cameras)
-    longest, head = max(map(text_length, batches)), max(int(batch.token_loss_mask.sum()) for batch in batches)
-    count = partial(train_flops, preset.model, preset.train.freeze)
-    loss = lambda *inputs: joint_loss(*inputs)[0]
-    sides = {"ours": Side(batches, partial(train_step, config=preset.train), loss, count(Workload(size, cameras, longest, head)))}
-    if args.reference:
-        wide = [reference_batch(batch) for batch in batches]
-        length = text_length(wide[0])
-        flops = count(Workload(size, cameras + 1, length, size * (length - 1)), recomputed=True)
-        sides["reference"] = Side(wide, partial(reference_step, config=preset.train), reference_loss, flops)
-    return sides
-
-
 def run(args: Args) -> dict[str, Any]:
     """Everything; returns the figures."""
     import jax
 
+    from fusevla.evaluate.bench_sides import make_sides, text_length
+    from fusevla.evaluate.drawn_batches import draw_batches
     from fusevla.evaluate.machine import versions
 
     preset = make_preset(args)
-    sides = make_sides(args, preset)
+    sides = make_sides(preset, draw_batches(preset, args.batches, args.seed), reference=args.reference)
     rate = None
     if args.compile_only:
         compile_abstract(preset, sides)
@@ -192,19 +128,18 @@ def run(args: Args) -> dict[str, Any]:
     return figures | compare(figures, sides) | {"versions": versions()}
 
 
-def compile_abstract(preset: "Preset", sides: dict[str, Side]) -> None:
+def compile_abstract(preset: "Preset", sides: dict[str, "Side"]) -> None:
     """Compiles both for shapes; only the longest text, which decides about memory."""
-    from fusevla.model import fuse
-    from fusevla.train.freeze import partition
-    from fusevla.train.job import abstract_state
+    from fusevla.evaluate.bench_sides import text_length
+    from fusevla.train.job import abstract_frozen, abstract_state
 
-    state, frozen = abstract_state(preset), partition(fuse.abstract(preset.model), preset.train.freeze)[1]
+    frozen = abstract_frozen(preset)
     for side in sides.values():
         side.batches = [max(side.batches, key=text_length)]
-        side.compile(state, frozen)
+        side.begin(abstract_state(dataclasses.replace(preset, train=side.config)), frozen)
 
 
-def measure(args: Args, preset: "Preset", sides: dict[str, Side]) -> float:
+def measure(args: Args, preset: "Preset", sides: dict[str, "Side"]) -> float:
     """Times steps and forward passes of the sides in turn; returns the device's matrix rate."""
     import equinox as eqx
     import jax
@@ -226,14 +161,13 @@ def measure(args: Args, preset: "Preset", sides: dict[str, Side]) -> float:
     for side in sides.values():
         side.forward = None
         own = jax.tree.map(jnp.copy, trainable)
-        side.state = init_state(own, make_optimizer(preset.train), training_key(preset))
-        side.compile(side.state, frozen)
-    del model, trainable
-    time_steps(sides, frozen, args.repeats)
+        side.begin(init_state(own, make_optimizer(side.config), training_key(preset)), frozen)
+    del model, trainable, frozen
+    time_steps(sides, args.repeats)
     return matrix_rate(preset.model.dtype, MATRIX.get(jax.default_backend(), 8192), 10, time.perf_counter)
 
 
-def time_forward(sides: dict[str, Side], repeats: int) -> None:
+def time_forward(sides: dict[str, "Side"], repeats: int) -> None:
     """Forward passes on the first batch, in turn."""
     import jax
 
@@ -245,19 +179,19 @@ def time_forward(sides: dict[str, Side], repeats: int) -> None:
             side.forward_taken.append(time.perf_counter() - began)
 
 
-def time_steps(sides: dict[str, Side], frozen: Any, repeats: int) -> None:
+def time_steps(sides: dict[str, "Side"], repeats: int) -> None:
     """Steps on every batch, in turn. The first on each batch is not timed; the very first is compared."""
     for index in range(len(sides["ours"].batches)):
         for side in sides.values():
-            _, metrics = side.run(side.batches[index], frozen)
+            _, metrics = side.run(side.batches[index])
             side.first = side.first or {name: float(metrics[name]) for name in ("loss", "grad_norm")}
             side.taken.append([])
         for _ in range(repeats):
             for side in sides.values():
-                side.taken[index].append(side.run(side.batches[index], frozen)[0])
+                side.taken[index].append(side.run(side.batches[index])[0])
 
 
-def summarize(side: Side, size: int, useful: float, rate: float | None) -> dict[str, Any]:
+def summarize(side: "Side", size: int, useful: float, rate: float | None) -> dict[str, Any]:
     """A side's figures; seconds are means over batches of each batch's median."""
     memory = side.compiled[max(side.compiled)].memory_analysis()
     seconds = statistics.mean(map(statistics.median, side.taken)) if side.taken else None
@@ -275,7 +209,7 @@ def summarize(side: Side, size: int, useful: float, rate: float | None) -> dict[
     }
 
 
-def compare(figures: dict[str, Any], sides: dict[str, Side]) -> dict[str, Any]:
+def compare(figures: dict[str, Any], sides: dict[str, "Side"]) -> dict[str, Any]:
     """Ours over the reference: samples per second, memory, and how far the first steps' numbers are apart."""
     if "reference" not in sides:
         return {"ratio": None}

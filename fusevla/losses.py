@@ -142,7 +142,8 @@ def _parts(embedder: Embedder) -> Any:
 
 def _logits(parts: Any, rows: jax.Array) -> Float[Array, "p n w"]:
     """Float32 logits of some positions, for each part of the table."""
-    return jax.lax.map(lambda part: Embedder(part).unembed(rows), parts)
+    product = partial(jnp.einsum, "nd,wd->nw", preferred_element_type=jnp.float32)
+    return jax.lax.map(lambda part: product(rows, restore(part).astype(rows.dtype)), parts)
 
 
 def _of_logits(logits: Float[Array, "p n w"], words: jax.Array) -> Triple:
@@ -196,8 +197,7 @@ def sample_losses(model: Pi0Fuse, batch: Batch, flow: Flow, *, mask_padded_actio
     """Both parts for every sample of a batch, given the noise and the times."""
     noisy, target = noisy_actions(flow, batch.actions)
     hidden, predicted = forward(model, batch.observation, noisy, flow.time)
-    of_text = hidden[:, -batch.observation.tokens.shape[1] :]
-    text, correct, targets = text_loss(model.embedder, of_text, batch.observation.tokens, batch.token_loss_mask)
+    text, correct, targets = text_loss(model.embedder, hidden, batch.observation.tokens, batch.token_loss_mask)
     action = flow_matching_loss(predicted, target, batch.action_is_pad if mask_padded_actions else None)
     return SampleLosses(text, action * batch.diffusion_loss_mask.astype(jnp.float32), correct, targets)
 

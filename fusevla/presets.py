@@ -275,13 +275,13 @@ TOY = Preset(
     model=TOY_MODEL,
     data=DataConfig(max_token_len=64, text_buckets=(64,)),
     train=TrainConfig(
-        steps=1_550,
+        steps=2_000,
         batch_size=32,
-        schedule=ScheduleConfig(peak=1e-3, end=5e-5, warmup_steps=100, decay_steps=1_550),
+        schedule=ScheduleConfig(peak=1e-3, end=5e-5, warmup_steps=100, decay_steps=2_000),
         diffusion_loss_coeff=0.07,
         flow_draws=4,
         augment=None,
-        save_every=310,
+        save_every=400,
         keep_checkpoints=5,
     ),
 )

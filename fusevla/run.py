@@ -26,8 +26,8 @@ from fusevla.model.fetch import CheckpointError
 from fusevla.model.fuse import Pi0Fuse
 from fusevla.presets import Preset
 from fusevla.train.checkpoint import BaseWeights, Checkpoints, RunInfo, read_info, restore_state, save_frozen
-from fusevla.train.freeze import FreezeError, count_parameters
-from fusevla.train.job import abstract_state, base_of, make_model, restore_frozen, run_info, training_key
+from fusevla.train.freeze import FreezeError, count_parameters, store
+from fusevla.train.job import abstract_frozen, abstract_state, base_of, make_model, restore_frozen, run_info, training_key
 from fusevla.train.loop import JsonLines, NonFiniteError, Timing, fit, read_rows
 from fusevla.train.material import Material, prepare
 from fusevla.train.memory import Memory, largest_of, least_memory, warning
@@ -93,11 +93,11 @@ class Run:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _introduction(self, start: int) -> str:
-        trains, rests = count_parameters(self.state.trainable), count_parameters(self.frozen)
+        trains, rests = count_parameters(self.state.trainable), count_parameters(abstract_frozen(self.preset))
         held_out = sum(map(len, self.material.held_out))
         resumed = f"resuming at step {start}\n" if start else ""
         return (
-            f"{resumed}parameters: {trains:,} trainable (float32), {rests:,} frozen (bfloat16)\n"
+            f"{resumed}parameters: {trains:,} trainable (float32), {rests:,} frozen ({self.preset.train.base})\n"
             f"training frames: {len(self.material.samples):,}; held-out frames: {held_out:,}\n{self._sets()}\n"
             f"devices: {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, attention {self.frozen.config.attention}"
         )
@@ -213,7 +213,7 @@ class Run:
             "action_error_ratio": final.get("action_error_ratio"),
             "held_out": {"initial": held_out[0] if held_out else None, "final": final or None},
             "trainable_parameters": count_parameters(self.state.trainable),
-            "frozen_parameters": count_parameters(self.frozen),
+            "frozen_parameters": count_parameters(abstract_frozen(self.preset)),
             "wall_seconds": round(self.clock.elapsed(), 2),
             "train_seconds": round(timing.seconds, 2),
             **self.clock.figures(),
@@ -269,7 +269,7 @@ def _prepared(preset: Preset, tokenizer: str, resumed: RunInfo | None = None) ->
 def new_run(resolved: Resolved, out: Path, options: Options) -> Run:
     """Makes everything anew. ``out`` is created once the set, the tokenizer and the weights are known to be good."""
     mesh, clock = make_mesh(), Clock()
-    check_batch_size(resolved.preset.train.batch_size, mesh.size)
+    check_batch_size(resolved.preset.train.batch_size, mesh.size, resolved.preset.train.accumulate)
     material = _prepared(resolved.preset, resolved.tokenizer)
     preset = on_this_device(material.preset)
     clock.lap("data")
@@ -283,6 +283,7 @@ def new_run(resolved: Resolved, out: Path, options: Options) -> Run:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if base.stored:
             save_frozen(out / "checkpoints", frozen)
+        frozen = store(frozen, preset.train.base)
     clock.lap("weights")
     return Run(out, material, base, mesh, state, frozen, compilation, clock, options)
 
@@ -298,13 +299,13 @@ def resume_run(request: Request, out: Path, options: Options) -> Run:
             "Leave them out, or start a new run with another --out"
         )
     info = dataclasses.replace(info, preset=continued(request, info.preset))
-    check_batch_size(info.preset.train.batch_size, mesh.size)
+    check_batch_size(info.preset.train.batch_size, mesh.size, info.preset.train.accumulate)
     material = _prepared(info.preset, "", info)
     info = dataclasses.replace(info, preset=on_this_device(info.preset))
     clock.lap("data")
     warn(least_memory(material.preset, max(material.lengths), mesh.size), material.preset, Console())
     with Compilation(info.preset, material.training, material.lengths, mesh) as compilation:
         state = restore_state(checkpoints, abstract_state(info.preset), replicated(mesh))
-        frozen = restore_frozen(checkpoints, info, mesh)
+        frozen = store(restore_frozen(checkpoints, info, mesh), info.preset.train.base)
     clock.lap("weights")
     return Run(out, material, info.base, mesh, state, frozen, compilation, clock, options)

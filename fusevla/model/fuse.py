@@ -150,8 +150,8 @@ def velocity(model: Pi0Fuse, hidden: Float[Array, "b s d"], draws: int) -> Float
 
 def forward(
     model: Pi0Fuse, observation: Observation, noisy: Float[Array, "b r h a"], time: Float[Array, "b r"]
-) -> tuple[Float[Array, "b p d"], Float[Array, "b r h a"]]:
-    """One joint pass: the language expert's outputs for images and text, and a velocity for each of the r flow draws."""
+) -> tuple[Float[Array, "b l d"], Float[Array, "b r h a"]]:
+    """One joint pass: the language expert's outputs for the text, and a velocity for each of the r flow draws."""
     prefix = embed_prefix(model, observation)
     draws, horizon = noisy.shape[1:3]
     mask, positions = with_action_blocks(prefix.valid, prefix.ar, draws, horizon)
@@ -162,5 +162,6 @@ def forward(
         positions,
         implementation=model.config.attention,
         remat=model.config.remat,
+        read=observation.tokens.shape[1],
     )
     return hidden, velocity(model, actions, draws)

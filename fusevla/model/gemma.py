@@ -5,6 +5,7 @@ attention runs once, and each expert projects its own part back. Layers are stac
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, cast
 
 import equinox as eqx
@@ -25,7 +26,7 @@ from fusevla.model.layers import (
     lecun_normal,
 )
 from fusevla.model.rope import apply_rope
-from fusevla.model.storage import restore
+from fusevla.model.storage import is_stored, restore
 from fusevla.presets import ExpertConfig, Remat
 
 PIECE = 128
@@ -66,7 +67,7 @@ class Modulations(eqx.Module):
 
 def modulations_at(expert: Expert, cond: Float[Array, "b r c"]) -> Modulations:
     """Evaluates the adaptive norms of every layer for a condition in the compute dtype."""
-    every_layer = jax.vmap(lambda norm: norm.at(cond))
+    every_layer = jax.vmap(lambda norm: restore(norm).at(cond))
     layers = expert.layers
     return Modulations(
         every_layer(layers.pre_attention_norm), every_layer(layers.pre_ffw_norm), cast(AdaRMSNorm, expert.final_norm).at(cond)
@@ -107,27 +108,44 @@ def transformer(
     cache: KVCache | None = None,
     slot: Int[Array, ""] | int = 0,
     keep_cache: bool = False,
+    read: int | None = None,
 ) -> tuple[tuple[Float[Array, "b _ _"], ...], KVCache | None]:
     """Runs the experts' stacks over their streams, joined in order; returns their final-normed outputs and the cache.
 
     Without ``cache``, keys are the tokens given (k = q). With it, the new keys and values are written from ``slot`` on and
-    attention runs over all c slots (k = c). The updated cache comes back if ``keep_cache``; otherwise None.
+    attention runs over all c slots (k = c). The updated cache comes back if ``keep_cache``; otherwise None. Of the first
+    stream only the last ``read`` tokens come back (None: all): in training, the last layer makes no others.
     """
+    skip = 0 if read is None else streams[0].tokens.shape[1] - read
+    stacks = (tuple(expert.layers for expert in experts), cache)
+    stored, arrays = eqx.partition(stacks, is_stored, is_leaf=is_stored)
 
-    def block(tokens: tuple[Array, ...], layers: tuple[ExpertLayer, ...], past: KVCache | None, shared: Any) -> Carry:
+    def block(skip: int, tokens: tuple[Array, ...], index: Array, arrays: Any, stored: Any, shared: Any) -> Carry:
         conds, mask, positions, slot = shared
+        # Taken from the stack in here, so that a backward pass keeps the number of the layer, not its weights.
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stored)
+        layers, past = restore(eqx.combine(arrays, own, is_leaf=is_stored))
         joined = tuple(Stream(x, cond) for x, cond in zip(tokens, conds, strict=True))
-        return _block(restore(layers), joined, mask, positions, implementation, past, slot, remat)
+        return _block(layers, joined, mask, positions, implementation, past, slot, remat, skip)
 
-    run = checkpointed(block, remat)
-    shared = (tuple(stream.cond for stream in streams), mask, positions, slot)
+    def run(skip: int, tokens: tuple[Array, ...], index: Array, arrays: Any) -> Carry:
+        shared = (tuple(stream.cond for stream in streams), mask, positions, slot)
+        return checkpointed(partial(block, skip), remat)(tokens, index, arrays, stored, shared)
 
     def step(tokens: tuple[Array, ...], layer: Any) -> tuple[tuple[Array, ...], KVCache | None]:
-        tokens, kept = run(tokens, *layer, shared)
+        tokens, kept = run(0, tokens, *layer)
         return tokens, (kept if keep_cache else None)
 
-    stacks = (tuple(expert.layers for expert in experts), cache)
-    tokens, new_cache = jax.lax.scan(step, tuple(stream.tokens for stream in streams), stacks)
+    # Arrays cannot be taken off a stack without a copy of the rest: only where frozen ones are stored is it a small one.
+    apart = skip > 0 and bool(jax.tree.leaves(stored))
+    depth = jax.tree.leaves(stacks)[0].shape[0]
+    most = depth - apart
+    start, layers = tuple(stream.tokens for stream in streams), (jnp.arange(most), jax.tree.map(lambda x: x[:most], arrays))
+    tokens, new_cache = jax.lax.scan(step, start, layers)
+    if apart:
+        tokens, _ = run(skip, tokens, jnp.int32(depth - 1), jax.tree.map(lambda x: x[-1], arrays))
+    elif skip:
+        tokens = (tokens[0][:, skip:], *tokens[1:])
     outputs = (e.final_norm(x, s.cond)[0] for e, x, s in zip(experts, tokens, streams, strict=True))
     return tuple(outputs), new_cache
 
@@ -141,25 +159,34 @@ def _block(
     cache: KVCache | None,
     slot: Array | int,
     remat: Remat,
+    skip: int,
 ) -> Carry:
-    """One layer of every expert around their shared attention."""
+    """One layer of every expert around their shared attention; the first ``skip`` tokens give keys and values only."""
     normed = [layer.pre_attention_norm(s.tokens, s.cond) for layer, s in zip(layers, streams, strict=True)]
-    query = jnp.concatenate([layer.q("bsd,nde->bsne", x) for layer, (x, _) in zip(layers, normed, strict=True)], axis=1)
     both = [layer.kv("bsd,cmde->cbsme", x) for layer, (x, _) in zip(layers, normed, strict=True)]
     key, value = jnp.concatenate(both, axis=2)
-    query = apply_rope(query, positions) * query.shape[-1] ** -0.5
     key = apply_rope(key, positions)
     if cache is not None:
         key = jax.lax.dynamic_update_slice_in_dim(cache.key, key, slot, axis=1)
         value = jax.lax.dynamic_update_slice_in_dim(cache.value, value, slot, axis=1)
-    encoded = attention(query, key, value, mask, implementation)
-    ends = [sum(s.tokens.shape[1] for s in streams[: i + 1]) for i in range(len(streams) - 1)]
+    asking, residual = _without(skip, [x for x, _ in normed]), _without(skip, [s.tokens for s in streams])
+    query = jnp.concatenate([layer.q("bsd,nde->bsne", x) for layer, x in zip(layers, asking, strict=True)], axis=1)
+    query = apply_rope(query, positions[:, skip:]) * query.shape[-1] ** -0.5
+    encoded = attention(query, key, value, mask[:, skip:], implementation)
+    ends = [sum(x.shape[1] for x in asking[: i + 1]) for i in range(len(asking) - 1)]
     outputs = []
-    for layer, stream, (_, gate), part in zip(layers, streams, normed, jnp.split(encoded, ends, axis=1), strict=True):
-        x = gated_residual(stream.tokens, layer.out("bsne,ned->bsd", part), gate)
+    parts = (layers, streams, residual, _without(skip, [gate for _, gate in normed]), jnp.split(encoded, ends, axis=1))
+    for layer, stream, x, gate, part in zip(*parts, strict=True):
+        x = gated_residual(x, layer.out("bsne,ned->bsd", part), gate)
         h, gate = layer.pre_ffw_norm(x, stream.cond)
         outputs.append(gated_residual(x, _feed_forward(layer, h, remat), gate))
     return tuple(outputs), KVCache(key, value)
+
+
+def _without(skip: int, streams: list[Any]) -> list[Any]:
+    """The streams without the first tokens of the first."""
+    first, *others = streams
+    return [None if first is None else first[:, skip:], *others]
 
 
 def _feed_forward(layer: ExpertLayer, x: Float[Array, "b s d"], remat: Remat) -> Float[Array, "b s d"]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fusevla.arrays import Array, Float, Int, Key
-from fusevla.model.storage import DTYPE, RESTORED, restore, take_rows, to_bits
+from fusevla.model.storage import DTYPE, restore, take_rows, to_bits
 from fusevla.presets import Remat
 
 EPS = 1e-6
@@ -169,14 +169,14 @@ class Embedder(eqx.Module):
 def checkpointed(function: Callable[..., T], remat: Remat) -> Callable[..., T]:
     """``function(x, *rest)`` with its backward pass trading time for memory: it keeps everything, only matrix products, or x.
 
-    Weights that were stored are restored again whatever is kept: they would be a second copy of the model. With ``full``,
+    Keeping everything includes what stored weights are read as: a second copy of them, larger than the first. With ``full``,
     every array must be an argument, none closed over.
     """
+    if remat == "none":
+        return function
     if remat == "full":
         return _recomputed(function)
-    policies = jax.checkpoint_policies
-    kept = {"none": policies.save_anything_except_these_names(RESTORED), "dots": policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(function, policy=kept[remat], prevent_cse=False)
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
 
 
 def _recomputed(function: Callable[..., T]) -> Callable[..., T]:

@@ -15,7 +15,6 @@ from typing import TypeVar, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Int8, UInt8, UInt16
 
 from fusevla.arrays import Array, Float
@@ -26,8 +25,6 @@ BLOCK = 64
 """Weights that share a scale, at most."""
 ROWS = 8192
 """Rows of a table that are quantised together."""
-RESTORED = "restored"
-"""The name by which checkpointing knows what it must not keep (see ``layers.checkpointed``)."""
 DTYPE = jnp.bfloat16
 """What stored weights are read as."""
 NF4_CODES = (
@@ -41,9 +38,9 @@ NF4_CODES = (
 class Bits(eqx.Module):
     """bfloat16 as it lies in memory."""
 
-    bits: UInt16[Array, "*axes inputs outputs"]
+    bits: UInt16[Array, "*axes outputs"]
 
-    def read(self) -> Float[Array, "*axes inputs outputs"]:
+    def read(self) -> Float[Array, "*axes outputs"]:
         """The weights themselves."""
         return jax.lax.bitcast_convert_type(self.bits, DTYPE)
 
@@ -51,10 +48,10 @@ class Bits(eqx.Module):
 class EightBits(eqx.Module):
     """``codes / 127 * scale``, a scale per block of the last axis."""
 
-    codes: Int8[Array, "*axes inputs outputs"]
-    scale: Float[Array, "*axes inputs blocks"]
+    codes: Int8[Array, "*axes outputs"]
+    scale: Float[Array, "*axes blocks"]
 
-    def read(self) -> Float[Array, "*axes inputs outputs"]:
+    def read(self) -> Float[Array, "*axes outputs"]:
         """The weights, rounded."""
         return _scaled(self.codes.astype(jnp.float32) / 127, self.scale)
 
@@ -62,10 +59,10 @@ class EightBits(eqx.Module):
 class FourBits(eqx.Module):
     """``NF4_CODES[code] * scale``; a byte holds two codes: of a weight in the first half of the axis, and half an axis on."""
 
-    codes: UInt8[Array, "*axes inputs half"]
-    scale: Float[Array, "*axes inputs blocks"]
+    codes: UInt8[Array, "*axes half"]
+    scale: Float[Array, "*axes blocks"]
 
-    def read(self) -> Float[Array, "*axes inputs outputs"]:
+    def read(self) -> Float[Array, "*axes outputs"]:
         """The weights, rounded."""
         codes = jnp.concatenate([self.codes >> 4, self.codes & 15], axis=-1)
         return _scaled(jnp.asarray(NF4_CODES, jnp.float32)[codes], self.scale)
@@ -81,8 +78,7 @@ def is_stored(node: object) -> bool:
 
 def restore(tree: T) -> T:
     """``tree`` with bfloat16 arrays where matrices were stored; where none were, as it is."""
-    read = lambda node: checkpoint_name(node.read(), RESTORED) if is_stored(node) else node
-    return cast(T, jax.tree.map(read, tree, is_leaf=is_stored))
+    return cast(T, jax.tree.map(lambda node: node.read() if is_stored(node) else node, tree, is_leaf=is_stored))
 
 
 def stored(weight: Array | jax.ShapeDtypeStruct, base: Base) -> Stored:
@@ -97,7 +93,7 @@ def stored(weight: Array | jax.ShapeDtypeStruct, base: Base) -> Stored:
     return cast(Stored, jax.eval_shape(pieces, weight) if isinstance(weight, jax.ShapeDtypeStruct) else jax.jit(pieces)(weight))
 
 
-def take_rows(table: Array, rows: Array) -> jax.Array:
+def take_rows(table: Array | Stored, rows: Array) -> jax.Array:
     """``table[rows]`` along the first axis; of a stored table only those rows are read."""
     return cast(jax.Array, restore(jax.tree.map(lambda part: part[rows], table)))
 
@@ -135,4 +131,4 @@ def _normalized(weight: Array) -> tuple[jax.Array, jax.Array]:
 
 def _scaled(unit: Array, scale: Array) -> jax.Array:
     blocks = unit.reshape(*scale.shape, -1) * scale.astype(jnp.float32)[..., None]
-    return blocks.reshape(unit.shape).astype(DTYPE)
+    return jnp.reshape(blocks, unit.shape).astype(DTYPE)

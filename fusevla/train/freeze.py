@@ -10,7 +10,6 @@
 Frozen leaves are bfloat16 and trainable leaves float32, whatever the compute dtype.
 """
 
-import dataclasses
 from typing import Any, TypeVar, cast
 
 import equinox as eqx
@@ -129,7 +128,7 @@ def _store_matrices(tree: T, base: Base) -> T:
         name = MATRIX.get(type(node))
         if name is None or getattr(node, name) is None:
             return node
-        return dataclasses.replace(node, **{name: stored(getattr(node, name), base)})
+        return eqx.tree_at(lambda node: getattr(node, name), node, stored(getattr(node, name), base))
 
     return cast(T, jax.tree.map(of_module, tree, is_leaf=lambda node: type(node) in MATRIX))
 

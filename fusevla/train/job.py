@@ -15,7 +15,7 @@ from fusevla.model.fuse import Pi0Fuse
 from fusevla.model.openpi import load_params
 from fusevla.presets import Preset
 from fusevla.train.checkpoint import BaseWeights, RunInfo, fingerprint, load_frozen
-from fusevla.train.freeze import count_parameters, dtype_spec, partition
+from fusevla.train.freeze import count_parameters, dtype_spec, partition, store
 from fusevla.train.material import Material
 from fusevla.train.optim import make_optimizer
 from fusevla.train.sharding import replicate, replicated
@@ -102,6 +102,11 @@ def abstract_trainable(preset: Preset) -> Pi0Fuse:
 def abstract_frozen(preset: Preset) -> Pi0Fuse:
     """Shapes of the frozen leaves."""
     return partition(fuse.abstract(preset.model), preset.train.freeze)[1]
+
+
+def abstract_stored(preset: Preset) -> Pi0Fuse:
+    """Shapes of the frozen leaves as training keeps them."""
+    return store(abstract_frozen(preset), preset.train.base)
 
 
 def abstract_state(preset: Preset) -> TrainState:

@@ -16,7 +16,7 @@ from fusevla.arrays import Batch
 from fusevla.data.batch import Sample, collate
 from fusevla.data.loader import Source
 from fusevla.presets import Preset
-from fusevla.train.job import abstract_frozen, abstract_state
+from fusevla.train.job import abstract_state, abstract_stored
 from fusevla.train.sharding import replicated
 from fusevla.train.step import CompiledSteps
 
@@ -107,7 +107,7 @@ class Compilation:
     def _compile(self) -> None:
         preset, everywhere = self._preset, replicated(self._mesh)
         place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-        state, frozen = jax.tree.map(place, (abstract_state(preset), abstract_frozen(preset)))
+        state, frozen = jax.tree.map(place, (abstract_state(preset), abstract_stored(preset)))
         batch = example_batch(preset, self._sets)
         self.steps.compile(state, frozen, batch, self._lengths, self._cancelled.is_set)
 

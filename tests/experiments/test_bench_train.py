@@ -117,8 +117,6 @@ def matrix_flops(jaxpr: Any) -> float:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--base", "int8"), "not available yet"),
-        (("--base", "nf4"), "not available yet"),
         (("--batch", 3), "an even number"),
         (("--repeats", 0), "at least 1"),
     ],
