@@ -9,7 +9,7 @@ with the longest text that the published sets have. GB are 10^9 bytes. 95% of th
 the CUDA context, kernels' libraries and fragmentation. JAX takes only 75% of a GPU by itself: train with
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 set before the command.
 
-A compiler plans for the backend that it compiles for: what a CPU's says may differ from a GPU's by some percent.
+A compiler plans for the backend that it compiles for: work space for a CPU may differ from that for a GPU, arguments do not.
 """
 
 import dataclasses
@@ -228,7 +228,7 @@ def conclusions(figures: Mapping[str, Any]) -> list[str]:
         f"counted on {figures['usable_bytes'] / 1e9:.2f} of {figures['gpu_bytes'] / 1e9:g} GB (95% less 0.6 GB): set "
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 when training, or JAX takes 75%",
         f"compiled for {figures['backend']} ({figures['device']})"
-        + ("; what a GPU's compiler plans may differ by some percent" if figures["backend"] == "cpu" else ""),
+        + ("; a GPU's compiler may need more work space, or less" if figures["backend"] == "cpu" else ""),
     ]
 
 

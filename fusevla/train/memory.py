@@ -1,7 +1,7 @@
 """What a training step needs of a device's memory, from shapes alone, and what to say where that is more than there is.
 
-The figures are the compiler's, for the backend at hand: work space is planned differently for a CPU and for a GPU, and the two
-differ by some percent. Arguments (weights, optimizer, batch) are the same everywhere.
+The figures are the compiler's, for the backend at hand: work space is planned differently for a CPU and for a GPU, and may
+differ. Arguments (weights, optimizer, batch) are the same everywhere.
 """
 
 import dataclasses
