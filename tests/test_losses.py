@@ -22,6 +22,7 @@ from fusevla.losses import (
     token_nll,
 )
 from fusevla.model.layers import Embedder
+from fusevla.model.storage import restore, stored
 from tests import references
 from tests.tiny import tiny_batch, tiny_model
 
@@ -75,12 +76,37 @@ def test_the_head_and_its_gradients_for_any_count_of_targets(count, order, weigh
     check_head(4, np.isin(np.arange(18), order[:count]), np.array(weights, np.float32))
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("words", [1, 7, 10, 49])
+def test_the_table_may_be_read_in_parts(words, monkeypatch):
+    """Fifty parts, ten, five and two."""
+    monkeypatch.setattr("fusevla.losses.WORDS", words)
+    weighted_nll.clear_cache()
+    check_head(4, np.random.default_rng(2).random(18) < 0.6, RNG.normal(size=18).astype(np.float32))
+    weighted_nll.clear_cache()
+
+
+@pytest.mark.parametrize("base", ["bf16", "int8", "nf4"])
+def test_a_stored_table_is_what_it_is_read_as(base, monkeypatch):
+    """In several parts; it has no gradient."""
+    monkeypatch.setattr("fusevla.losses.WORDS", 10)
+    table = stored(jnp.asarray(RNG.normal(size=(50, 32)), jnp.bfloat16), base)
+    hidden, tokens, wanted = jnp.asarray(RNG.normal(size=(18, 32)), jnp.float32), TOKENS.reshape(18), np.arange(18) % 3 > 0
+
+    def nll(hidden, table):
+        holder = eqx.tree_at(lambda e: e.table, Embedder(jnp.zeros((50, 32))), table)
+        return jnp.sum(token_nll(holder, hidden, tokens, wanted, 4)[0] * jnp.arange(18.0))
+
+    ours, twin = (jax.jit(jax.value_and_grad(nll))(hidden, form) for form in (table, restore(table)))
+    for found, expected in zip(ours, twin, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("trains", [False, True])
-def test_the_head_holds_a_chunk_of_logits_and_never_copies_of_the_table(dtype, stored, trains):
+def test_the_head_holds_a_chunk_of_logits_and_never_copies_of_the_table(dtype, kept, trains):
     """Compiled memory of the gradient: no table for each chunk, no float32 copy, nothing of the table's size if frozen."""
     vocab, width, positions, chunk = 4096, 256, 64, 8
-    shapes = (((vocab, width), stored), ((positions, width), dtype), ((positions,), "int32"), ((positions,), "bool"))
+    shapes = (((vocab, width), kept), ((positions, width), dtype), ((positions,), "int32"), ((positions,), "bool"))
 
     def loss(table, hidden, tokens, wanted):
         return jnp.sum(token_nll(Embedder(table), hidden, tokens, wanted, chunk)[0])
@@ -88,7 +114,7 @@ def test_the_head_holds_a_chunk_of_logits_and_never_copies_of_the_table(dtype, s
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if trains else 1))
     memory = gradient.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile().memory_analysis()
     logits, table = chunk * vocab * 4, vocab * width * 4
-    cast = table // 2 if dtype != stored else 0
+    cast = table // 2 if dtype != kept else 0
     of_the_table = table + (table if dtype == "bfloat16" else 0) if trains else 0  # the sum, and its cast
     assert memory.temp_size_in_bytes < 3 * logits + cast + of_the_table < positions * vocab * 4 + cast + of_the_table
 
