@@ -9,6 +9,7 @@ import optax
 
 from fusevla.arrays import Array, Float, Int
 from fusevla.presets import ScheduleConfig, TrainConfig
+from fusevla.train.moments import keep_tower_small
 
 T = TypeVar("T")
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
@@ -36,10 +37,15 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip to ``clip_norm``, then AdamW with decoupled weight decay on every leaf, as the published recipe has it."""
+    """Clip to ``clip_norm``, then AdamW with decoupled weight decay on every leaf, as the published recipe has it.
+
+    The parts, and so the state, are those of ``optax.adamw``, but for the form of the moments (``train.moments``).
+    """
     schedule = make_schedule(config.schedule)
-    adamw = optax.adamw(
-        lambda step: schedule(cast(Array, step)), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+    adamw = optax.chain(
+        keep_tower_small(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), config.moments),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(lambda step: schedule(cast(Array, step))),
     )
     chained = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
