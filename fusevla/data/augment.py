@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusevla.arrays import Array, Float, Key, UInt8
+from fusevla.arrays import Array, Float, Int, Key, UInt8
 from fusevla.data.transforms import padded_box
 from fusevla.presets import AugmentConfig
 
@@ -36,14 +36,17 @@ def resize_with_pad_jax(
     return jnp.pad(resized, padding, constant_values=fill)
 
 
-def augment(images: Mapping[str, Float[Array, "b h w 3"]], key: Key, config: AugmentConfig) -> dict[str, Float[Array, "b h w 3"]]:
+def augment(
+    images: Mapping[str, Float[Array, "b h w 3"]], key: Key, config: AugmentConfig, positions: Int[Array, " b"] | None = None
+) -> dict[str, Float[Array, "b h w 3"]]:
     """Augment a batch of float32 images in [-1, 1]; cameras with ``wrist`` in their name keep their geometry.
 
-    Every sample has its own key, derived from ``key`` and its position; all cameras of a sample share the draws, so that
-    one scene stays one scene. Outside the frame there is black.
+    Every sample has its own key, derived from ``key`` and its position (of those in a part of a batch: ``positions`` in the
+    whole); all cameras of a sample share the draws, so that one scene stays one scene. Outside the frame there is black.
     """
-    batch = next(iter(images.values())).shape[0]
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+    if positions is None:
+        positions = jnp.arange(next(iter(images.values())).shape[0])
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(positions))
     one = functools.partial(_augment_one, config=config)
     return {name: jax.vmap(functools.partial(one, geometry="wrist" not in name))(x, keys) for name, x in images.items()}
 

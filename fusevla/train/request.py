@@ -219,6 +219,11 @@ def resolve(request: Request, base: Preset | None = None) -> Resolved:
         log_every=request.log_every,
         keep_checkpoints=request.keep,
     )
+    if train.batch_size % train.accumulate:
+        raise RequestError(
+            f"--accumulate: the batch's {train.batch_size} samples cannot be divided into {train.accumulate} equal parts; "
+            f"take a --batch that is a multiple of {train.accumulate}, or a number that divides {train.batch_size}"
+        )
     weights = None if scratch else (request.weights or default_weights(base.name))
     tokenizer = request.tokenizer or default_tokenizer(base.name, scratch)
     preset = dataclasses.replace(base, model=_model(base.model, request, scratch), data=data, train=train)

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fusevla.train.request import RequestError
+
 T = TypeVar("T")
 BATCH_AXIS = "batch"
 
@@ -27,12 +29,17 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
-def check_batch_size(batch_size: int, devices: int) -> None:
-    """Raises ``ValueError`` unless every device gets the same number of samples."""
+def check_batch_size(batch_size: int, devices: int, parts: int = 1) -> None:
+    """Raises ``RequestError`` unless every device gets the same number of samples of each of the batch's ``parts``."""
     if batch_size % devices:
-        raise ValueError(
+        raise RequestError(
             f"batch: {batch_size} samples cannot be shared evenly by {devices} devices; "
             f"take a multiple of {devices}, or fewer devices (CUDA_VISIBLE_DEVICES)"
+        )
+    if batch_size // devices % parts:
+        raise RequestError(
+            f"accumulate: the {batch_size // devices} samples of each of {devices} devices cannot be divided into {parts} equal "
+            f"parts; take a batch that is a multiple of {devices * parts}, or another --accumulate"
         )
 
 

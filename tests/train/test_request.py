@@ -49,6 +49,13 @@ def test_from_scratch_trains_everything_on_its_own_schedule() -> None:
     assert resolve(Request(preset="libero10", weights="none", lora=True)).preset.model.language.lora is not None
 
 
+def test_memory_flags_reach_the_preset_and_may_not_change_on_resume() -> None:
+    preset = resolve(Request("libero10", batch=8, accumulate=4, moments="int8")).preset
+    assert (preset.train.batch_size, preset.train.accumulate, preset.train.moments) == (8, 4, "int8")
+    clash = conflicts(Request(accumulate=2, moments="float32"), preset)
+    assert clash == ["--moments float32 (the run has int8)", "--accumulate 2 (the run has 4)"]
+
+
 def test_steps_set_the_length_of_the_decay() -> None:
     schedule = resolve(Request(preset="libero10", steps=50, learning_rate=1e-4)).preset.train.schedule
     assert schedule == ScheduleConfig(peak=1e-4, end=1e-5, warmup_steps=5, decay_steps=50)
@@ -59,6 +66,9 @@ def test_steps_set_the_length_of_the_decay() -> None:
     [
         (Request(preset="libero"), "--preset: expected one of"),
         (Request(preset="libero10", batch=0, log_every=-1), "--batch: expected at least 1, got 0; --log-every"),
+        (Request("libero10", accumulate=0), "--accumulate: expected at least 1, got 0"),
+        (Request("libero10", accumulate=8), "--accumulate: the batch's 4 samples cannot be divided into 8 equal parts"),
+        (Request("libero10", batch=10, accumulate=4), "take a --batch that is a multiple of 4"),
         (Request("libero10", more_data=("b",), data_weights=(1.0,)), "expected one number for each of the 2 sets"),
         (Request("libero10", more_data=("b",), data_weights=(1.0, -2.0)), "--data-weights: expected positive numbers, got"),
     ],

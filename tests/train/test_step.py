@@ -11,14 +11,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from fusevla.presets import Freeze
+from fusevla.arrays import Batch
+from fusevla.presets import Freeze, TrainConfig
 from fusevla.train.freeze import partition, trainable_spec
 from fusevla.train.optim import make_optimizer
+from fusevla.train.request import RequestError
 from fusevla.train.sharding import check_batch_size, put_batch
 from fusevla.train.state import evaluation_leaves, init_state
-from fusevla.train.step import augment_batch
+from fusevla.train.step import augment_batch, train_step
 from tests.train.synthetic import MESH, TRAIN, compiled, fresh, random_batch, run, small_model
 
 FULL = dataclasses.replace(TRAIN, freeze="none", ema_decay=0.5)
@@ -93,19 +96,67 @@ def test_augmentation_draws_by_key_and_can_be_off() -> None:
 
 
 def test_uneven_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="4 samples cannot be shared evenly by 3 devices"):
+    with pytest.raises(RequestError, match="4 samples cannot be shared evenly by 3 devices"):
         check_batch_size(4, 3)
+    check_batch_size(24, 3, 4)
+    with pytest.raises(
+        RequestError,
+        match="8 samples of each of 3 devices cannot be divided into 5 equal parts; take a batch that is a multiple of 15",
+    ):
+        check_batch_size(24, 3, 5)
+
+
+EIGHT = dataclasses.replace(TRAIN, batch_size=8, flow_draws=2)
+
+
+def uneven_batch(parts: int):
+    """Of its samples every ``parts``-th reasons, so that all but the first part have none that does; the others act or rest."""
+    batch, index = random_batch(0, size=8), np.arange(8)
+    reasons = index % parts == 0
+    batch = eqx.tree_at(lambda b: b.diffusion_loss_mask, batch, (index % 3 == 1) | (index % 4 == 2))
+    wanted = np.broadcast_to((np.arange(12) >= 6) & (np.arange(12) < 10 - index[:, None] % 3), (8, 12))
+    return eqx.tree_at(lambda b: b.token_loss_mask, batch, wanted & reasons[:, None])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_do_what_the_whole_does(parts: int) -> None:
+    """Same draws, same gradient (AdamW's first moment after a step is a tenth of it), same metrics, same weights."""
+    batch = uneven_batch(parts)
+    (whole, of_whole), (divided, of_divided) = (
+        one_step(EIGHT, batch),
+        one_step(dataclasses.replace(EIGHT, accumulate=parts), batch),
+    )
+    assert {"text_loss", "action_loss", "token_accuracy", "text_share", "action_share", "grad_norm"} <= set(of_whole)
+    assert of_whole["text_share"] == 1 / parts
+    for name, value in of_whole.items():
+        np.testing.assert_allclose(of_divided[name], value, rtol=1e-5, err_msg=name)
+    moments = [optax.tree.get(state.opt_state, "mu") for state in (whole, divided)]
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(moments[0]))
+    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * max(float(jnp.abs(a).max()), 1e-3 * scale))
+    sure = jax.tree.map(lambda m: jnp.abs(m) > 1e-3 * scale, moments[0])  # Adam's first step is the sign of the gradient
+    for a, b, known in zip(*map(jax.tree.leaves, (whole.trainable, divided.trainable, sure)), strict=True):
+        np.testing.assert_allclose(b[known], a[known], rtol=1e-5, atol=1e-6)
+
+
+def one_step(config: TrainConfig, batch: Batch):
+    step = jax.jit(functools.partial(train_step, config=config))
+    state, metrics = step(*fresh(config), jax.tree.map(jnp.asarray, batch))
+    return state, jax.device_get(metrics)
 
 
 TWO_DEVICES = """
-import json, jax
+import dataclasses, json, jax
 from fusevla.train.sharding import make_mesh, put_batch
-from fusevla.train.step import CompiledSteps
+from fusevla.train.step import CompiledSteps, divide
 from tests.train.synthetic import TRAIN, fresh, random_batch
+config = dataclasses.replace(TRAIN, accumulate=2)
 mesh = make_mesh()
-state, frozen = fresh(TRAIN, mesh)
-steps = CompiledSteps(TRAIN, mesh)
+state, frozen = fresh(config, mesh)
+steps = CompiledSteps(config, mesh)
 steps.compile(state, frozen, random_batch(0), [12])
+program = jax.jit(lambda batch: divide(batch, 2)).lower(put_batch(random_batch(0), mesh)).compile().as_text()
+assert not any(moves in program for moves in ("all-to-all", "all-gather", "collective-permute"))
 rows = []
 for _ in range(3):
     batch = put_batch(random_batch(0), mesh)
@@ -118,6 +169,7 @@ print(json.dumps(rows))
 
 
 def test_two_devices_give_the_losses_of_one() -> None:
+    """In two parts as well; to divide the batch moves no sample from one device to the other."""
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", TWO_DEVICES], env=environment, cwd=root, capture_output=True, text=True)
