@@ -57,7 +57,7 @@ class Args:
     remat: Literal["none", "dots", "full"] | None = None
     """What ours recomputes in the backward pass; by default as the preset."""
     attention: Literal["plain", "xla", "cudnn"] | None = None
-    """Ours; by default as the preset."""
+    """Ours; by default what is best on this device (fusevla.model.attention_choice)."""
     reference: bool = True
     """Measure the reference too."""
     batches: int = 4
@@ -70,26 +70,28 @@ class Args:
 
 def make_preset(args: Args) -> "Preset":
     """libero10 with the chosen sizes. ValueError for what cannot be measured."""
+    from fusevla.model.attention_choice import with_attention
     from fusevla.presets import LIBERO10
 
     size = BATCH_SIZE[args.size] if args.batch is None else args.batch
     if size < 2 or size % 2 or min(args.batches, args.repeats) < 1:
         raise ValueError("--batch: expected an even number of at least 2; --batches and --repeats: at least 1")
     model = model_config(args.size)
-    model = dataclasses.replace(model, remat=args.remat or model.remat, attention=args.attention or model.attention)
+    changes: dict[str, Any] = {"remat": args.remat or model.remat, "attention": args.attention or model.attention}
+    model = with_attention(dataclasses.replace(model, **changes))
     train = dataclasses.replace(LIBERO10.train, freeze=args.freeze, base=args.base, moments=args.moments, batch_size=size)
     return dataclasses.replace(LIBERO10, name=f"bench-{args.size}", model=model, train=train)
 
 
 def model_config(size: str) -> "ModelConfig":
     """The two models."""
-    from fusevla.presets import PI05, ExpertConfig, VisionConfig
+    from fusevla.presets import FULL, PI05, ExpertConfig, VisionConfig
 
     if size == "full":
-        return PI05
+        return FULL
     heads: dict[str, Any] = {"depth": 4, "num_heads": 4, "num_kv_heads": 1, "head_dim": 64}
     return dataclasses.replace(
-        PI05,
+        FULL,
         vision=VisionConfig(width=192, depth=12, mlp_dim=768, num_heads=3),
         language=ExpertConfig(width=256, mlp_dim=1024, lora=PI05.language.lora, **heads),
         action=ExpertConfig(width=128, mlp_dim=512, lora=PI05.action.lora, **heads),

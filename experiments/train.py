@@ -9,6 +9,7 @@ overwritten: --resume continues the run in it with exactly the losses of an unin
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -112,6 +113,7 @@ def output_folder(args: Args) -> Path:
 def main() -> None:
     """Parses the flags, then trains."""
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU; JAX would leave a quarter of it unused
     try:
         out = output_folder(args)
         run(args, out)
@@ -127,7 +129,8 @@ def run(args: Args, out: Path) -> None:
 
     request = args.request()
     if args.resume:
-        from fusevla.run import Options, resume_run
+        from fusevla.begin import resume_run
+        from fusevla.run import Options
 
         use_compile_cache()
         resume_run(request, out, Options(args.eval_samples, args.validate_every)).execute()
@@ -142,7 +145,8 @@ def run(args: Args, out: Path) -> None:
         needs = "\n\n  ".join(absent)
         raise RequestError(f"this run needs what is not at hand:\n\n  {needs}\n\nWith it:\n  {describe(resolved, out)}")
     print(describe(resolved, out), flush=True)
-    from fusevla.run import Options, new_run
+    from fusevla.begin import new_run
+    from fusevla.run import Options
 
     use_compile_cache()
     new_run(resolved, out, Options(args.eval_samples, args.validate_every)).execute()

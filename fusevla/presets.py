@@ -113,7 +113,7 @@ class DataConfig:
     supervise_act_decision: bool = True
     mask_padded_actions: bool = True
     max_token_len: int = 415
-    text_buckets: tuple[int, ...] = (128, 192, 256, 320, 415)
+    text_buckets: tuple[int, ...] = (128, 160, 192, 256, 320, 415)
     """Text is padded to the first of these that fits the longest sample of a batch; the last one is ``max_token_len``."""
     norm: str = "auto"
     """``auto`` (norm_stats.json of the folder, computed when absent, or over all sets where they are several), ``none`` (raw

@@ -1,7 +1,7 @@
 """Samples to batches: the held-out split by episode, and collation with the text padded to a few lengths."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -54,10 +54,11 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
-def collate(samples: Sequence[Sample], buckets: Sequence[int]) -> Batch:
+def collate(samples: Sequence[Sample], buckets: Sequence[int], cameras: Iterable[str] = ()) -> Batch:
     """Stacks samples; the text is padded (PAD, masked, no loss) to the smallest bucket that holds the longest.
 
-    Cameras are ordered by name. One that single samples lack is zero and masked there.
+    Cameras are ordered by name: those of the samples and ``cameras`` (of other samples, so that all batches are alike). One that
+    a sample lacks is zero and masked there.
 
     Raises:
         ValueError: no sample, a text longer than every bucket, or a camera that no sample has.
@@ -65,7 +66,7 @@ def collate(samples: Sequence[Sample], buckets: Sequence[int]) -> Batch:
     if not samples:
         raise ValueError("collate: expected at least one sample, got none")
     length = bucket_for(max(len(sample.text.tokens) for sample in samples), buckets)
-    cameras = sorted({camera for sample in samples for camera in sample.images})
+    cameras = sorted({*cameras, *(camera for sample in samples for camera in sample.images)})
     observation = Observation(
         images={camera: _stack_images(samples, camera) for camera in cameras},
         image_masks={camera: np.array([sample.images.get(camera) is not None for sample in samples]) for camera in cameras},

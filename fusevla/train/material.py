@@ -58,6 +58,11 @@ class Material:
         return mixed(self.training, self.preset.data.data_weights)
 
     @property
+    def cameras(self) -> tuple[str, ...]:
+        """Of all sets: one that lacks some has them masked."""
+        return tuple(sorted({camera for source in self.training for camera in source.cameras}))
+
+    @property
     def lengths(self) -> list[int]:
         """Text lengths that training batches can have: what the step is compiled for."""
         buckets = sorted(self.preset.data.text_buckets)

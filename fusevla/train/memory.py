@@ -136,7 +136,6 @@ def warning(memory: Memory, limit_bytes: int | None, preset: Preset) -> str | No
     return (
         f"warning: a training step needs at least {memory.total / GB:.1f} GB of memory ({memory.argument_bytes / GB:.1f} GB for "
         f"weights, optimizer and batch, {to_work}) and there are {limit_bytes / GB:.1f} GB: it is likely to "
-        f"run out.\nOn a GPU, JAX takes 75% unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (say) is set before the command. "
-        f"Flags that save memory, from harmless to costly: {', '.join(flags)}.\n"
+        f"run out.\nFlags that save memory, from harmless to costly: {', '.join(flags)}.\n"
         f"Which of them are enough: python experiments/plan_memory.py {' '.join(plan_flags(preset))} --gpu {gpu:.1f}"
     )

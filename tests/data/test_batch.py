@@ -6,6 +6,7 @@ import pathlib
 import pickle
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -252,6 +253,9 @@ def test_a_camera_that_only_some_samples_name_is_masked_in_the_others(annotation
     other = dataclasses.replace(sample, images={"base_0_rgb": sample.images["base_0_rgb"]})
     observation = collate([sample, other], (160,)).observation
     assert observation.image_masks["left_wrist_0_rgb"].tolist() == [True, False]
+    alone = collate([other], (160,), sample.images).observation
+    assert alone.image_masks["left_wrist_0_rgb"].tolist() == [False]
+    assert jax.tree.map(np.shape, alone) == jax.tree.map(np.shape, collate([sample], (160,)).observation)
     blind = dataclasses.replace(sample, images={"base_0_rgb": None})
     with pytest.raises(ValueError, match="expected at least one image in the batch, got none of base_0_rgb"):
         collate([blind], (160,))
