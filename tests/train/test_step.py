@@ -25,6 +25,7 @@ from fusevla.train.step import augment_batch, train_step
 from tests.train.synthetic import MESH, TRAIN, compiled, fresh, random_batch, run, small_model
 
 FULL = dataclasses.replace(TRAIN, freeze="none", ema_decay=0.5)
+jitted = functools.cache(lambda config: jax.jit(functools.partial(train_step, config=config)))
 three_steps = functools.cache(lambda config: run(config, [random_batch(0)] * 3))
 
 
@@ -140,8 +141,7 @@ def test_parts_of_a_batch_do_what_the_whole_does(parts: int) -> None:
 
 
 def one_step(config: TrainConfig, batch: Batch):
-    step = jax.jit(functools.partial(train_step, config=config))
-    state, metrics = step(*fresh(config), jax.tree.map(jnp.asarray, batch))
+    state, metrics = jitted(config)(*fresh(config), jax.tree.map(jnp.asarray, batch))
     return state, jax.device_get(metrics)
 
 
