@@ -144,7 +144,7 @@ def test_bytes_at_full_size() -> None:
 LONG = dataclasses.replace(TRAIN, schedule=ScheduleConfig(peak=3e-3, end=3e-4, warmup_steps=2, decay_steps=12))
 
 
-@pytest.mark.parametrize(("moments", "apart"), [("bfloat16", 0.01), ("int8", 0.05)])
+@pytest.mark.parametrize(("moments", "apart"), [pytest.param("bfloat16", 0.01, marks=pytest.mark.slow), ("int8", 0.05)])
 def test_training_follows_that_in_float32(moments: Moments, apart: float) -> None:
     """Twelve steps: the way that the tower's weights go, and the loss; a moment that is lost or explodes goes elsewhere."""
     batches = [random_batch(i % 2) for i in range(12)]
@@ -157,7 +157,7 @@ def test_training_follows_that_in_float32(moments: Moments, apart: float) -> Non
     assert losses[-1]["loss"] < losses[0]["loss"]
 
 
-@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+@pytest.mark.parametrize("moments", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_a_resumed_run_goes_on_as_if_nothing_had_been(moments: Moments, tmp_path: Path) -> None:
     config = dataclasses.replace(LONG, moments=moments)
     batches = [random_batch(i) for i in range(4)]

@@ -119,7 +119,7 @@ def uneven_batch(parts: int):
     return eqx.tree_at(lambda b: b.token_loss_mask, batch, wanted & reasons[:, None])
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_parts_of_a_batch_do_what_the_whole_does(parts: int) -> None:
     """Same draws, same gradient (AdamW's first moment after a step is a tenth of it), same metrics, same weights."""
     batch = uneven_batch(parts)
