@@ -196,7 +196,7 @@ def text_loss(
 def sample_losses(model: Pi0Fuse, batch: Batch, flow: Flow, *, mask_padded_actions: bool = True) -> SampleLosses:
     """Both parts for every sample of a batch, given the noise and the times."""
     noisy, target = noisy_actions(flow, batch.actions)
-    hidden, predicted = forward(model, batch.observation, noisy, flow.time)
+    hidden, predicted = forward(model, batch.observation, noisy, flow.time, text_only=True)
     text, correct, targets = text_loss(model.embedder, hidden, batch.observation.tokens, batch.token_loss_mask)
     action = flow_matching_loss(predicted, target, batch.action_is_pad if mask_padded_actions else None)
     return SampleLosses(text, action * batch.diffusion_loss_mask.astype(jnp.float32), correct, targets)

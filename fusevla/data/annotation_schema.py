@@ -96,12 +96,12 @@ def _document_defects(document: Mapping[str, Any]) -> list[str]:
     missing = [index for index in vision_language if str(index) not in document]
     if missing:
         defects.append(_defect("vision_language_episode_idx", "episodes of this file", missing))
+    thinking_only = {str(index) for index in vision_language}
     for key, episode in document.items():
         if key == "vision_language_episode_idx":
             continue
         defects += [f"episode {key}: {defect}" for defect in _key_defects(key)]
-        thinking_only = any(str(index) == key for index in vision_language)
-        defects += [f"episode {key}: {defect}" for defect in _episode_defects(episode, thinking_only)]
+        defects += [f"episode {key}: {defect}" for defect in _episode_defects(episode, key in thinking_only)]
     return defects
 
 

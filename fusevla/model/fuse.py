@@ -149,9 +149,17 @@ def velocity(model: Pi0Fuse, hidden: Float[Array, "b s d"], draws: int) -> Float
 
 
 def forward(
-    model: Pi0Fuse, observation: Observation, noisy: Float[Array, "b r h a"], time: Float[Array, "b r"]
-) -> tuple[Float[Array, "b l d"], Float[Array, "b r h a"]]:
-    """One joint pass: the language expert's outputs for the text, and a velocity for each of the r flow draws."""
+    model: Pi0Fuse,
+    observation: Observation,
+    noisy: Float[Array, "b r h a"],
+    time: Float[Array, "b r"],
+    *,
+    text_only: bool = False,
+) -> tuple[Float[Array, "b p d"], Float[Array, "b r h a"]]:
+    """One joint pass: the language expert's outputs for images and text, and a velocity for each of the r flow draws.
+
+    With ``text_only`` the outputs are those for the text (p = l), and the last layer makes no others.
+    """
     prefix = embed_prefix(model, observation)
     draws, horizon = noisy.shape[1:3]
     mask, positions = with_action_blocks(prefix.valid, prefix.ar, draws, horizon)
@@ -162,6 +170,6 @@ def forward(
         positions,
         implementation=model.config.attention,
         remat=model.config.remat,
-        read=observation.tokens.shape[1],
+        read=observation.tokens.shape[1] if text_only else None,
     )
     return hidden, velocity(model, actions, draws)
