@@ -92,17 +92,18 @@ def _token_nll(
 def _token_nll_forward(
     chunk: int, embedder: Embedder, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], Kept]:
-    parts = _parts(embedder)
+    parts, firsts = _parts(embedder)
 
     def body(carry: Triple, at: jax.Array, rows: jax.Array, words: jax.Array) -> Triple:
-        nll, hit, error = _of_logits(_logits(parts, rows), words)
+        logits = _logits(parts, rows)
+        nll, hit, normalizer = _of_logits(logits, words)
 
-        def step(slope: jax.Array, part: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+        def step(slope: jax.Array, part: tuple[Any, Array, jax.Array]) -> tuple[jax.Array, None]:
             # Both factors in the dtype of the forward product: a float32 factor would make XLA copy the table to float32.
-            table = restore(part[0]).astype(rows.dtype)
-            return slope + jnp.einsum("nv,vd->nd", part[1], table, preferred_element_type=jnp.float32), None
+            table, error = restore(part[0]).astype(rows.dtype), _error(part[1], normalizer, words - part[2]).astype(rows.dtype)
+            return slope + jnp.einsum("nw,wd->nd", error, table, preferred_element_type=jnp.float32), None
 
-        slope, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), (parts, error.astype(rows.dtype)))
+        slope, _ = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), (parts, logits, firsts))
         return carry[0].at[at].set(nll), carry[1].at[at].set(hit), carry[2].at[at].set(slope)
 
     start = (jnp.zeros(wanted.shape, jnp.float32), jnp.zeros(wanted.shape, bool), jnp.zeros(hidden.shape, jnp.float32))
@@ -118,12 +119,14 @@ def _token_nll_backward(
     of_hidden = (slope * scale[:, None]).astype(hidden.dtype)
     if is_stored(embedder.table):
         return None, of_hidden, None, None
-    parts = _parts(embedder)
+    parts, firsts = _parts(embedder)
 
     def body(total: jax.Array, at: jax.Array, rows: jax.Array, words: jax.Array) -> jax.Array:
-        _, _, error = _of_logits(_logits(parts, rows), words)
-        error = (error * scale.at[at].get(mode="fill", fill_value=0)[None, :, None]).astype(rows.dtype)
-        return total + jnp.einsum("pnv,nd->pvd", error, rows, preferred_element_type=jnp.float32)
+        logits, weights = _logits(parts, rows), scale.at[at].get(mode="fill", fill_value=0)
+        _, _, normalizer = _of_logits(logits, words)
+        errors = jax.vmap(_error, in_axes=(0, None, 0))(logits, normalizer, words[None] - firsts[:, None])
+        errors = (errors * weights[None, :, None]).astype(rows.dtype)
+        return total + jnp.einsum("pnw,nd->pwd", errors, rows, preferred_element_type=jnp.float32)
 
     # A loop of its own: where the table is frozen nothing reads the result, and XLA drops it.
     total = _fold(chunk, body, jnp.zeros(parts.shape, jnp.float32), hidden, targets, wanted)
@@ -133,11 +136,12 @@ def _token_nll_backward(
 _token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
-def _parts(embedder: Embedder) -> Any:
-    """The table [v, d] as [parts, at most WORDS, d], in whatever form it is stored."""
+def _parts(embedder: Embedder) -> tuple[Any, jax.Array]:
+    """The table [v, d] as [parts, at most WORDS, d], in whatever form it is stored; the first word of each part."""
     words = jax.tree.leaves(embedder.table)[0].shape[0]
     count = next(count for count in range(-(-words // WORDS), words + 1) if words % count == 0)
-    return jax.tree.map(lambda leaf: leaf.reshape(count, words // count, *leaf.shape[1:]), embedder.table)
+    parts = jax.tree.map(lambda leaf: leaf.reshape(count, words // count, *leaf.shape[1:]), embedder.table)
+    return parts, jnp.arange(count) * (words // count)
 
 
 def _logits(parts: Any, rows: jax.Array) -> Float[Array, "p n w"]:
@@ -147,13 +151,16 @@ def _logits(parts: Any, rows: jax.Array) -> Float[Array, "p n w"]:
 
 
 def _of_logits(logits: Float[Array, "p n w"], words: jax.Array) -> Triple:
-    """Negative log-likelihood, whether no word is likelier, and the gradient of the former with respect to the logits."""
+    """Negative log-likelihood, whether no word is likelier, and the logarithm of the normaliser."""
     part, word = jnp.divmod(words, logits.shape[2])
     at_word = logits[part, jnp.arange(words.shape[0]), word]
     normalizer = jax.nn.logsumexp(logits, axis=(0, 2))
-    one_hot = jax.nn.one_hot(part, logits.shape[0], axis=0)[:, :, None] * jax.nn.one_hot(word, logits.shape[2])[None]
-    error = jnp.exp(logits - normalizer[None, :, None]) - one_hot
-    return normalizer - at_word, at_word >= jnp.max(logits, axis=(0, 2)), error
+    return normalizer - at_word, at_word >= jnp.max(logits, axis=(0, 2)), normalizer
+
+
+def _error(logits: Float[Array, "n w"], normalizer: jax.Array, words: jax.Array) -> Float[Array, "n w"]:
+    """The gradient of the negative log-likelihood with respect to a part's logits; ``words`` counts from its first one."""
+    return jnp.exp(logits - normalizer[:, None]) - jax.nn.one_hot(words, logits.shape[1])
 
 
 def _fold(

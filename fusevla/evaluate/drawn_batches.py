@@ -9,7 +9,7 @@ from fusevla.data.samples import Sample
 from fusevla.presets import Preset
 from fusevla.tokens.protocol import TokenizedText, protocol_ids
 
-__all__ = ["PROMPT_AND_THOUGHT", "PROMPT_OF_ACT", "draw_batches"]
+__all__ = ["LONGEST", "PROMPT_AND_THOUGHT", "PROMPT_OF_ACT", "draw_batches"]
 
 PROMPT_OF_ACT = (84, 84, 86, 89, 90, 90, 90, 91, 92, 95, 96, 99, 100, 101, 101, 102)
 """Tokens from BOS to END_OF_PREFIX of acting samples (then comes one more): 16 quantiles of 11,975."""
@@ -19,8 +19,10 @@ PROMPT_AND_THOUGHT = (
 )
 """The same of reasoning samples, and tokens from BEGIN_OF_REASONING to EOS: 16 quantiles by length of 1,113.
 
-Both from 12 episodes (1,636 frames) of libero-10 with its annotations, 8 epochs of draws with the preset's options, by the
+All from 12 episodes (1,636 frames) of libero-10 with its annotations, 8 epochs of draws with the preset's options, by the
 vocabulary of Gemma (256,000 pieces), which is PaliGemma's for text."""
+LONGEST = 161
+"""Tokens of the longest of these samples, which one batch of 16 in 14 has."""
 
 
 def draw_batches(preset: Preset, count: int, seed: int) -> list[Batch]:
