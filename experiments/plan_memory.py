@@ -225,8 +225,8 @@ def conclusions(figures: Mapping[str, Any]) -> list[str]:
         )
     return [
         *lines,
-        f"counted on {figures['usable_bytes'] / 1e9:.2f} of {figures['gpu_bytes'] / 1e9:g} GB: 95% (train.py lets JAX take it) "
-        "less 0.6 GB",
+        f"counted on {figures['usable_bytes'] / 1e9:.2f} of {figures['gpu_bytes'] / 1e9:g} GB: 95% less 0.6 GB "
+        "(train.py lets JAX take 95%)",
         f"compiled for {figures['backend']} ({figures['device']})"
         + ("; a GPU's compiler may need more work space, or less" if figures["backend"] == "cpu" else ""),
     ]
