@@ -12,9 +12,9 @@ gradient norm of their first steps differ is among the figures.
 
 Half of the samples reason, half act; their lengths are those of real ones (fusevla.evaluate.drawn_batches). Steps take turns,
 since other work on the machine disturbs both sides; figures are medians, and the fastest step is given too. Memory is what the
-compiler planned for the longest text bucket that the batches need. "flops" counts the matrix products of a step by
-fusevla.evaluate.flops: the reference's with recomputation, ours without; utilisation is ours per second over a measured matrix
-product in the compute dtype.
+compiler planned for the longest text among the batches; with --compile-only the longest of the whole set is among them. "flops"
+counts the matrix products of a step by fusevla.evaluate.flops: the reference's with recomputation, ours without; utilisation is
+ours per second over a measured matrix product in the compute dtype.
 """
 
 import dataclasses
@@ -108,7 +108,8 @@ def run(args: Args) -> dict[str, Any]:
     from fusevla.evaluate.machine import versions
 
     preset = make_preset(args)
-    sides = make_sides(preset, draw_batches(preset, args.batches, args.seed), reference=args.reference)
+    batches = draw_batches(preset, args.batches, args.seed, with_longest=args.compile_only)
+    sides = make_sides(preset, batches, reference=args.reference)
     rate = None
     if args.compile_only:
         compile_abstract(preset, sides)

@@ -86,10 +86,10 @@ def make_preset(args: Args) -> "Preset":
 def text_length(args: Args, preset: "Preset") -> int:
     """What texts are padded to."""
     from fusevla.data.batch import bucket_for
-    from fusevla.evaluate.drawn_batches import LONGEST
+    from fusevla.evaluate.drawn_batches import LONGEST_PROMPT_AND_THOUGHT
 
     buckets = preset.data.text_buckets
-    return args.text_length or bucket_for(min(LONGEST, max(buckets)), buckets)
+    return args.text_length or bucket_for(min(sum(LONGEST_PROMPT_AND_THOUGHT), max(buckets)), buckets)
 
 
 @contextmanager

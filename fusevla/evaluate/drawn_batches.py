@@ -9,7 +9,7 @@ from fusevla.data.samples import Sample
 from fusevla.presets import Preset
 from fusevla.tokens.protocol import TokenizedText, protocol_ids
 
-__all__ = ["LONGEST", "PROMPT_AND_THOUGHT", "PROMPT_OF_ACT", "draw_batches"]
+__all__ = ["LONGEST_PROMPT_AND_THOUGHT", "PROMPT_AND_THOUGHT", "PROMPT_OF_ACT", "draw_batches"]
 
 PROMPT_OF_ACT = (84, 84, 86, 89, 90, 90, 90, 91, 92, 95, 96, 99, 100, 101, 101, 102)
 """Tokens from BOS to END_OF_PREFIX of acting samples (then comes one more): 16 quantiles of 11,975."""
@@ -21,17 +21,21 @@ PROMPT_AND_THOUGHT = (
 
 All from 12 episodes (1,636 frames) of libero-10 with its annotations, 8 epochs of draws with the preset's options, by the
 vocabulary of Gemma (256,000 pieces), which is PaliGemma's for text."""
-LONGEST = 161
-"""Tokens of the longest of these samples, which one batch of 16 in 14 has."""
+LONGEST_PROMPT_AND_THOUGHT = (101, 60)
+"""The longest of these samples, which one batch of 16 in 14 has."""
 
 
-def draw_batches(preset: Preset, count: int, seed: int) -> list[Batch]:
-    """``count`` batches of the preset's size, half of each reasoning; pictures, words and actions are random."""
+def draw_batches(preset: Preset, count: int, seed: int, *, with_longest: bool = False) -> list[Batch]:
+    """``count`` batches of the preset's size, half of each reasoning; pictures, words and actions are random.
+
+    ``with_longest`` puts the longest sample into each: what decides about memory.
+    """
     rng, size = np.random.default_rng(seed), preset.train.batch_size
     batches = []
     for _ in range(count):
         acting = [(int(rng.choice(PROMPT_OF_ACT)), 1) for _ in range(size // 2)]
         thinking = [tuple(map(int, rng.choice(PROMPT_AND_THOUGHT))) for _ in range(size // 2)]
+        thinking[:1] = [LONGEST_PROMPT_AND_THOUGHT] if with_longest else thinking[:1]
         samples = [draw_sample(rng, preset, *lengths) for lengths in (*thinking, *acting)]
         batches.append(collate(samples, preset.data.text_buckets))
     return batches
