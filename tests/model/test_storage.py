@@ -114,7 +114,12 @@ FLOW = draw_flow(jax.random.key(2), jnp.asarray(random_batch(0).actions), 2)
 
 @pytest.mark.parametrize(
     ("mode", "base", "remat"),
-    [("llm", "bf16", "full"), ("llm", "nf4", "dots"), ("all_but_lora", "int8", "full"), ("llm", "int8", "none")],
+    [
+        ("llm", "bf16", "full"),
+        pytest.param("llm", "nf4", "dots", marks=pytest.mark.slow),
+        ("all_but_lora", "int8", "full"),
+        pytest.param("llm", "int8", "none", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_on_stored_weights_is_a_step_on_what_they_are_read_as(mode: Freeze, base: Base, remat: Remat) -> None:
     """Whatever the backward pass keeps; the twin computes the whole last layer, and keeps everything."""
