@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fusevla.arrays import Array, Batch, Bool, Float, Int, Key
 from fusevla.model.fuse import Pi0Fuse, forward
-from fusevla.model.layers import Embedder
+from fusevla.model.layers import Embedder, read_out
 from fusevla.model.storage import is_stored, restore
 
 T = TypeVar("T")
@@ -146,8 +146,7 @@ def _parts(embedder: Embedder) -> tuple[Any, jax.Array]:
 
 def _logits(parts: Any, rows: jax.Array) -> Float[Array, "p n w"]:
     """Float32 logits of some positions, for each part of the table."""
-    product = partial(jnp.einsum, "nd,wd->nw", preferred_element_type=jnp.float32)
-    return jax.lax.map(lambda part: product(rows, restore(part).astype(rows.dtype)), parts)
+    return jax.lax.map(lambda part: read_out(part, rows), parts)
 
 
 def _of_logits(logits: Float[Array, "p n w"], words: jax.Array) -> Triple:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fusevla.arrays import Array, Float, Int, Key
-from fusevla.model.storage import DTYPE, restore, take_rows, to_bits
+from fusevla.model.storage import DTYPE, Stored, restore, take_rows, to_bits
 from fusevla.presets import Remat
 
 EPS = 1e-6
@@ -163,7 +163,12 @@ class Embedder(eqx.Module):
 
     def unembed(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape v"]:
         """Float32 logits ``x @ table.T``, unscaled."""
-        return jnp.einsum("...d,vd->...v", x, restore(self.table).astype(x.dtype), preferred_element_type=jnp.float32)
+        return read_out(self.table, x)
+
+
+def read_out(table: Float[Array, "v d"] | Stored, x: Float[Array, "*shape d"]) -> Float[Array, "*shape v"]:
+    """Float32 logits of a table, or of some of its rows, in whatever form it is stored."""
+    return jnp.einsum("...d,vd->...v", x, restore(table).astype(x.dtype), preferred_element_type=jnp.float32)  # type: ignore[union-attr]
 
 
 def checkpointed(function: Callable[..., T], remat: Remat) -> Callable[..., T]:

@@ -115,7 +115,7 @@ def store(frozen: Pi0Fuse, base: Base) -> Pi0Fuse:
     """The frozen leaves as they are kept during training: matrices of layers, and the table, as ``base`` says; others stay.
 
     What comes of it goes where ``frozen`` went: ``eqx.combine(trainable, store(frozen, base))`` is a model. Leaves may be
-    abstract. Each array can be freed once its stored form is there, if the caller keeps no reference to ``frozen``.
+    abstract.
     """
     parts = lambda m: (m.vision.layers, m.language.layers, m.action.layers, m.embedder)
     return eqx.tree_at(parts, frozen, [_store_matrices(part, base) for part in parts(frozen)], is_leaf=lambda x: x is None)
